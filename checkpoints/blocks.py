@@ -1,0 +1,226 @@
+"""The structure of any transformer: its blocks in order, the linears in each, and what must be left alone.
+
+Found by structure, not by model type: a block is an element of an outermost `ModuleList` of like modules that hold
+linears, an expert is a member of a list (or of a 3-D parameter) inside a block, a router is what scores the experts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from .errors import CheckpointError
+from .index import Checkpoint
+from .names import NameMap
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer that a method may compress."""
+
+    name: str  # module path
+    tensor: str  # of its weight in the checkpoint; of a compressed one, the name that the weight would have
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool  # the weight is stored [in, out], as transformers' Conv1D does
+
+
+@dataclass(frozen=True)
+class Block:
+    name: str  # module path
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    blocks: tuple[Block, ...]  # in the order in which they run, an encoder's before its decoder's
+    rest: tuple[str, ...]  # names of parameters and persistent buffers outside the blocks
+    tied: tuple[tuple[str, ...], ...]
+    left_alone: tuple[tuple[str, str], ...]  # (module or parameter, reason)
+
+
+def skeleton(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model with parameters on the meta device, real buffers (the persistent ones unset), in eval mode."""
+    config_class, model_class = _classes(checkpoint)
+    plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    try:
+        config = config_class.from_dict(plain)
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = model_class._from_config(config, dtype=dtype)
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'} can't be turned into a {model_class.__name__}: {error}"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def _classes(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    config, where = checkpoint.config, checkpoint.folder / "config.json"
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        if "auto_map" in config:
+            raise CheckpointError(
+                f"{checkpoint.source} needs Python code from its own repository, which modelzip doesn't run: "
+                f"transformers {transformers.__version__} has no model type {model_type!r} itself."
+            )
+        raise CheckpointError(
+            f"{where} has the model type {model_type!r}, which transformers {transformers.__version__} doesn't know; "
+            "update transformers or check the file."
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    architectures = config.get("architectures") or [None]
+    named = getattr(transformers, str(architectures[0]), None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return config_class, named
+    if "auto_map" in config and architectures[0] is not None:
+        raise CheckpointError(
+            f"{checkpoint.source} needs the class {architectures[0]} from its own repository, whose code modelzip "
+            "doesn't run."
+        )
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
+        if config_class in mapping:
+            found = mapping[config_class]
+            return config_class, found[0] if isinstance(found, tuple) else found
+    raise CheckpointError(f"{where} names no architecture, and transformers has none for the type {model_type!r}.")
+
+
+def find_structure(model: nn.Module, checkpoint: Checkpoint, *, names: NameMap | None = None) -> Structure:
+    names = names if names is not None else NameMap(model, checkpoint)
+    left_alone: list[tuple[str, str]] = []
+    blocks = []
+    for stack in _stacks(model):
+        for index, module in enumerate(model.get_submodule(stack).children()):
+            blocks.append(_block(f"{stack}.{index}", module, names=names, left_alone=left_alone))
+    if not any(block.linears for block in blocks):
+        raise CheckpointError(
+            f"{checkpoint.source}: {type(model).__name__} has no repeated blocks with linear layers to compress."
+        )
+    inside = tuple(f"{block.name}." for block in blocks)
+    rest = tuple(name for name in model.state_dict() if not name.startswith(inside))
+    left_alone.extend(_outside(model, rest, names.tied))
+    return Structure(tuple(blocks), rest, names.tied, tuple(left_alone))
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """Paths of the outermost lists of blocks, in the order in which the model registers them."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+            kinds = Counter(type(child) for child in module)
+            like = kinds.most_common(1)[0][1] if kinds else 0
+            holds_blocks = any(not _is_linear(child) and any(map(_is_linear, child.modules())) for child in module)
+            if holds_blocks and 2 * like >= len(module):
+                found.append(name)
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _block(path: str, block: nn.Module, *, names: NameMap, left_alone: list[tuple[str, str]]) -> Block:
+    routers = dict(_routers(block))
+    tied = {name for group in names.tied for name in group}
+    linears = []
+    for name, module in block.named_modules():
+        full = f"{path}.{name}" if name else path
+        weight = f"{full}.weight"
+        if name in routers:
+            left_alone.append((full, "router"))
+        elif not _is_linear(module):
+            left_alone.extend((f"{full}.{leaf}", reason) for leaf, reason in _odd_parameters(module))
+        elif weight in tied:
+            left_alone.append((full, "tied to another weight"))
+        elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            left_alone.append((full, "its weight is used without calling it"))
+        elif (tensor := _tensor(names, full)) is None:
+            left_alone.append((full, "stored fused with other weights"))
+        else:
+            linears.append(_linear(full, module, tensor))
+    return Block(path, tuple(linears))
+
+
+def _tensor(names: NameMap, module: str) -> str | None:
+    parts = names.parts(module)
+    if parts:
+        suffix, tensor = next(iter(parts.items()))
+        return tensor.removesuffix(suffix) + "weight"
+    return names.source(f"{module}.weight")
+
+
+def _linear(name: str, module: nn.Module, tensor: str) -> Linear:
+    rows, columns = module.get_parameter("weight").shape
+    transposed = isinstance(module, Conv1D)
+    return Linear(name, tensor, (columns, rows) if transposed else (rows, columns), transposed)
+
+
+def _routers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What scores the experts: beside a module of E experts, any matrix of E rows, or of one row (a gate)."""
+    for parent_name, parent in block.named_modules():
+        experts = {name: count for name, child in parent.named_children() if (count := _expert_count(child)) > 1}
+        for name, module in parent.named_modules() if experts else ():
+            weight = module._parameters.get("weight")
+            if name.split(".")[0] in experts or weight is None or weight.ndim != 2:
+                continue
+            if weight.shape[0] in {1, *experts.values()}:
+                yield f"{parent_name}.{name}".strip("."), module
+
+
+def _expert_count(module: nn.Module) -> int:
+    """How many experts this module holds itself; 0 if it isn't a set of experts."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        children = list(module.children())
+        alike = len({type(child) for child in children}) == 1
+        composite = all(not _is_linear(child) and any(map(_is_linear, child.modules())) for child in children)
+        return len(children) if alike and composite else 0
+    counts = {parameter.shape[0] for parameter in module.parameters(recurse=False) if _is_stack(module, parameter)}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def _is_stack(module: nn.Module, parameter: nn.Parameter) -> bool:
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return parameter.ndim == 3 and not convolution
+
+
+def _odd_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Matrices of a module that isn't a linear: none of them is compressed."""
+    for name, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim < 2:
+            continue
+        if isinstance(module, nn.Embedding):
+            yield name, "embedding"
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            yield name, "convolution"
+        elif _is_stack(module, parameter):
+            yield name, "fused experts"
+        else:
+            yield name, "not a linear layer"
+
+
+def _outside(model: Any, rest: tuple[str, ...], tied: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, str]]:
+    head = model.get_output_embeddings()
+    for name in rest:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = module._parameters.get(leaf)
+        if parameter is None or parameter.ndim < 2:
+            continue
+        twins = [member for group in tied if name in group for member in group if member != name]
+        with_twin = f", tied to {twins[0]}" if twins else ""
+        if isinstance(module, nn.Embedding):
+            yield path, "embedding" + with_twin
+        elif module is head:
+            yield path, "output head" + with_twin
+        elif _is_linear(module):
+            yield path, "outside the blocks (pooler, classifier or head)" + with_twin
+        else:
+            yield name, "outside the blocks, not a linear layer"

@@ -1,0 +1,166 @@
+"""A model whose weights come and go: a skeleton, one block's weights at a time, and matrix products at the CPU's best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .blocks import Block, Structure, find_structure, skeleton
+from .index import Checkpoint
+from .reader import Decode, NameMap, materialise, move_buffers, release
+from .spill import Spill
+from .walk import Stop, Walk
+
+HEAD_ROWS = 8192
+"""Rows of an output head that are cast to the type of the product at once."""
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are fast there: always on accelerators, on CPUs with AVX-512 BF16 or AMX."""
+    if device.type != "cpu":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class StreamedModel:
+    """Checkpoint `checkpoint` as a model on the meta device, with `load` and `free` for a block's weights.
+
+    dtype: of activations, norms and biases. Matrix products run in fp32 where the CPU has no fast units for `dtype`.
+    decode: makes the dense weight of a linear that the checkpoint holds compressed.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, decode: Decode | None = None
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self.product_dtype = torch.float32 if dtype != torch.float32 and not native_bfloat16(device) else dtype
+        self.model = skeleton(checkpoint)
+        self.model.config.use_cache = False
+        self.names = NameMap(self.model, checkpoint)
+        self.structure: Structure = find_structure(self.model, checkpoint, names=self.names)
+        move_buffers(self.model, device)
+        self._decode = decode
+        self._outside: set[str] = set()
+        self._modules = dict(self.model.named_modules())
+        for module in self._modules.values():
+            if isinstance(module, nn.Linear | Conv1D):
+                module.forward = _product(module, self.product_dtype)  # type: ignore[method-assign]
+            elif isinstance(module, nn.Embedding):
+                module.register_forward_hook(_cast(dtype))
+
+    def load(self, block: Block) -> None:
+        """Give the block's parameters real values; the weights of its linears in the type of the products."""
+        self._fill([block.name], self.dtype)
+        for linear in block.linears:
+            module = self.linear(linear.name)
+            self.set_weight(linear.name, module.weight.data)
+
+    def free(self, block: Block) -> None:
+        """Take the block's values away."""
+        release(self.model, [block.name])
+
+    def linear(self, name: str) -> nn.Linear | Conv1D:
+        module = self._modules[name]
+        assert isinstance(module, nn.Linear | Conv1D)
+        return module
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of a loaded linear, [out, in]."""
+        module = self.linear(name)
+        return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+
+    def set_weight(self, name: str, stored: Tensor) -> None:
+        """Exchange the weight of a loaded linear; `stored` lies as the module stores it ([in, out] for a Conv1D)."""
+        self.linear(name).weight.data = stored.to(self.product_dtype)
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Exchange the weight [out, in] of a loaded linear."""
+        self.set_weight(name, weight.T if isinstance(self.linear(name), Conv1D) else weight)
+
+    def free_outside(self) -> None:
+        """Take away what modules outside the blocks (embeddings, heads, final norms) were given."""
+        release(self.model, sorted(self._outside))
+        self._outside.clear()
+
+    def walk(self, batches: Sequence[Mapping[str, Tensor]], *, spill_limit: int, spill_folder: Path | None) -> Walk:
+        """The batches' forwards, stopping at every block."""
+        return Walk(
+            self.model,
+            [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches],
+            blocks=[block.name for block in self.structure.blocks],
+            outside=self._load_outside,
+            spill=Spill(spill_limit, spill_folder),
+        )
+
+    def through(self, walk: Walk, block: Block) -> None:
+        """Load a block, let all batches that wait at it run through it unchanged, free it."""
+        self.load(block)
+        for batch in range(len(walk)):
+            if walk.at[batch].module == block.name:
+                walk.advance(batch)
+        self.free_outside()
+        self.free(block)
+
+    def _load_outside(self, name: str) -> None:
+        if name not in self._outside:
+            as_stored = isinstance(self._modules[name], nn.Linear | nn.Embedding)
+            self._fill(_own_state(name, self._modules[name]), None if as_stored else self.dtype)
+            self._outside.add(name)
+
+    def _fill(self, prefixes: Sequence[str], dtype: torch.dtype | None) -> None:
+        materialise(
+            self.model,
+            prefixes,
+            checkpoint=self.checkpoint,
+            names=self.names,
+            device=self.device,
+            dtype=dtype,
+            decode=self._decode,
+        )
+
+
+def _own_state(name: str, module: nn.Module) -> list[str]:
+    """Names of a module's own parameters and persistent buffers, not those of its children."""
+    persistent = [leaf for leaf in module._buffers if leaf not in module._non_persistent_buffers_set]
+    return [f"{name}.{leaf}".strip(".") for leaf in (*module._parameters, *persistent)]
+
+
+def start(walk: Walk, streamed: StreamedModel) -> None:
+    """Bring every batch to its first block."""
+    for batch in range(len(walk)):
+        walk.advance(batch)
+    streamed.free_outside()
+
+
+def _product(module: nn.Linear | Conv1D, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The module's forward, its product in `dtype`, the result in the input's type."""
+
+    def forward(x: Tensor) -> Tensor:
+        bias = None if module.bias is None else module.bias.to(dtype)
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        if weight.dtype == dtype:
+            return nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        y = x.to(dtype)
+        for begin in range(0, weight.shape[0], HEAD_ROWS):
+            rows = slice(begin, begin + HEAD_ROWS)
+            out[..., rows] = nn.functional.linear(y, weight[rows].to(dtype), None if bias is None else bias[rows])
+        return out
+
+    return forward
+
+
+def _cast(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.to(dtype)
+
+    return hook
+
+
+__all__ = ["Decode", "Stop", "StreamedModel", "native_bfloat16", "start"]

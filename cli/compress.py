@@ -1,0 +1,78 @@
+"""The verbs that compress, one for each kind of stage, and `run`, for several stages in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from modelzip.recipes.naming import default_output
+from modelzip.recipes.schema import STAGES, Recipe
+
+from .failures import write_errors
+from .model import model_or_demo
+from .options import MODEL, RECIPE, Option, command, run_options, settings_options
+from .output import write_json
+from .request import recipe_from
+
+
+def verb(kind: str) -> Callable[..., None]:
+    """The command of one kind of stage."""
+    options = [MODEL, RECIPE, *settings_options(STAGES[kind]), *run_options()]
+    doc = (
+        f"{kind.capitalize()} a model: {STAGES[kind].__doc__}\n\n"
+        f"With a recipe, options win over it. Example: modelzip {kind} ./my-model --method "
+        f"{STAGES[kind].default_method}"
+    )
+    return command(options, lambda values: _compress(recipe_from(options, values, kind), values), doc)
+
+
+def run() -> Callable[..., None]:
+    """The command `run`."""
+    file = Option("recipe", (), "A recipe file, or the name of a shipped recipe.", "argument", required=True)
+    model = Option("model", (), "The model, if not the recipe's.", "argument", ("model",), metavar="MODEL")
+    options = [file, model, *run_options()]
+    doc = "Run all stages of a recipe in a row. Options win over the recipe."
+    return command(options, lambda values: _compress(recipe_from(options, values, None), values), doc)
+
+
+def _compress(recipe: Recipe, values: Mapping[str, Any]) -> None:
+    if recipe.model is None:
+        recipe = recipe.model_copy(update={"model": model_or_demo(None)})
+        write_errors([f"no model is named, so this takes the demo model, {recipe.model}"], prefix="")
+    output = Path(recipe.output).expanduser() if recipe.output else default_output(str(recipe.model), recipe)
+    if values["dry_run"]:
+        _plan(recipe, output, as_json=bool(values["json"]))
+    else:
+        _run(recipe, output, values)
+
+
+def _plan(recipe: Recipe, output: Path, *, as_json: bool) -> None:
+    from modelzip.pipeline.run import plan_recipe
+
+    from .show import show_plan
+
+    plans = plan_recipe(recipe, output=output)
+    if as_json:
+        write_json({"plans": [plan.as_dict() for plan in plans]})
+        return
+    for plan in plans:
+        show_plan(plan)
+
+
+def _run(recipe: Recipe, output: Path, values: Mapping[str, Any]) -> None:
+    from modelzip.evaluation.gates import check_gates, metrics, parse_gates
+    from modelzip.pipeline.run import run_recipe
+
+    from .progress import shown_progress
+    from .show import show_report
+
+    overwrite, resume = bool(values["overwrite"]), bool(values["resume"])
+    with shown_progress() as progress:
+        result = run_recipe(recipe, output=output, overwrite=overwrite, resume=resume, progress=progress)
+    report = {**result.report, "output": str(result.report.get("output") or result.folder)}
+    if values["json"]:
+        write_json(report)
+    else:
+        show_report(report)
+    check_gates(parse_gates(recipe.evaluate.fail_if), metrics(report))

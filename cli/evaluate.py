@@ -1,0 +1,77 @@
+"""`modelzip evaluate MODEL --against ORIGINAL --data FILE`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from modelzip.evaluation import gates
+from modelzip.recipes.schema import Evaluation
+
+from .options import Option, command, field_option, machine_options, switch_options
+from .output import write_json
+from .request import checked
+
+MODEL: Final = Option(
+    "model", (), "A folder, a hub id or a .gguf file.", "argument", ("model",), metavar="MODEL", required=True
+)
+AGAINST: Final = Option(
+    "against", ("--against",), "The original model, for KL divergence and top-1 agreement.", metavar="ORIGINAL"
+)
+DATA: Final = Option(
+    "data",
+    ("--data",),
+    "Evaluation text: a .txt, .jsonl or .parquet file, or a hub dataset as NAME or NAME:CONFIG.",
+    path=("evaluate", "data"),
+    metavar="FILE",
+    required=True,
+)
+
+
+def evaluate() -> Callable[..., None]:
+    """The command `evaluate`."""
+    fields = ("windows", "seq_len", "field", "split", "fail_if")
+    options = [
+        MODEL,
+        AGAINST,
+        DATA,
+        *(field_option(Evaluation, key, ("evaluate", key), panel=None) for key in fields),
+        *machine_options(),
+        *switch_options("json", "debug"),
+    ]
+    doc = "Measure a model: perplexity, and how far it is from the original."
+    return command(options, lambda values: _evaluate(options, values), doc)
+
+
+def _evaluate(options: list[Option], values: Mapping[str, Any]) -> None:
+    data: dict[str, Any] = {}
+    renamed: dict[str, str] = {}
+    for option in options:
+        if option.path and values.get(option.name) is not None:
+            *section, key = option.path
+            target = data.setdefault(section[0], {}) if section else data
+            target[key] = values[option.name]
+            renamed[".".join(option.path)] = option.said
+    recipe = checked(data, "", renamed=renamed, least_stages=0)
+    conditions = gates.parse_gates(recipe.evaluate.fail_if)
+    gates.require_measured(conditions, evaluation=True, original=values["against"] is not None)
+    from modelzip.pipeline.run import evaluate_models
+
+    from .progress import shown_progress
+    from .show import show_report
+
+    with shown_progress() as progress:
+        section_report = evaluate_models(
+            str(recipe.model),
+            against=values["against"],
+            evaluation=recipe.evaluate,
+            revision=recipe.revision,
+            device=recipe.device,
+            dtype=recipe.dtype,
+            progress=progress,
+        )
+    if values["json"]:
+        write_json(section_report)
+    else:
+        show_report({"evaluation": section_report})
+    gates.check_gates(conditions, gates.metrics({"evaluation": section_report}))

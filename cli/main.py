@@ -1,0 +1,99 @@
+"""The command `modelzip`. Importing this imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Final
+
+import typer
+
+from modelzip.checkpoints.errors import ModelzipError
+from modelzip.recipes.schema import STAGES
+
+from .compress import run, verb
+from .evaluate import evaluate
+from .failures import USAGE_ERROR, StoppedError, catch_sigterm, report_error, report_usage, silence
+from .methods import methods
+from .output import write
+from .recipe import recipe_commands
+
+QUIET: Final = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "LOGURU_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def build() -> typer.Typer:
+    """The whole command line."""
+    app = typer.Typer(
+        name="modelzip",
+        help="Make any Hugging Face transformer smaller and faster, with proof of what was lost and won.",
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_top)
+    for kind in STAGES:
+        app.command(kind)(verb(kind))
+    app.command("run")(run())
+    app.command("evaluate")(evaluate())
+    app.add_typer(recipe_commands(), name="recipe")
+    app.command("methods")(methods())
+    return app
+
+
+def _top(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        from importlib import metadata
+
+        write(f"modelzip {metadata.version('modelzip')}")
+    elif context.invoked_subcommand is None:
+        write(context.get_help())
+
+
+def quieten() -> None:
+    """Keep the libraries' own messages out of the user's sight; what the user set in the environment stays."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torch", "transformers", "compressed_tensors", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def answer(arguments: Sequence[str]) -> int:
+    """Run one command line and give its exit code."""
+    try:
+        code = build()(args=list(arguments), prog_name="modelzip", standalone_mode=False)
+    except ModelzipError as error:
+        return report_error(error, arguments)
+    except USAGE_ERROR as error:
+        return report_usage(error)
+    except KeyboardInterrupt:
+        return report_error(StoppedError("interrupted"), arguments)
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """The console script."""
+    catch_sigterm()
+    if "--debug" not in sys.argv:
+        quieten()
+    code = answer(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            silence(stream.fileno())
+    sys.exit(code)

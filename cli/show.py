@@ -1,0 +1,73 @@
+"""The plan and the report as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .output import write_rich
+
+if TYPE_CHECKING:
+    from modelzip.pipeline.plan import Plan
+
+
+def megabytes(count: float | None) -> str:
+    """Bytes as MB (10^6), or nothing."""
+    return "" if count is None else f"{count / 1e6:,.2f}" if count < 1e7 else f"{count / 1e6:,.1f}"
+
+
+def show_plan(plan: Plan) -> None:
+    """A table by module, the totals, what the run needs, and what the user should know."""
+    table = Table("module", "method", title=Text(f"{plan.source} → {plan.output}"), title_justify="left")
+    for heading in ("bits", "group", "MB before", "MB after"):
+        table.add_column(heading, justify="right")
+    table.add_column("note")
+    for module in plan.modules:
+        row = (module.name, module.method, module.bits, module.group)
+        sizes = (megabytes(module.bytes_before), megabytes(module.bytes_after))
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in (*row, *sizes, module.note)))
+    needs = Table.grid(padding=(0, 2))
+    ratio = f"{plan.bytes_before / plan.bytes_after:.2f} times smaller" if plan.bytes_after else ""
+    needs.add_row("model", f"{megabytes(plan.bytes_before)} MB → {megabytes(plan.bytes_after)} MB, {ratio}")
+    needs.add_row("memory needed", f"{megabytes(plan.memory_bytes)} MB")
+    needs.add_row("disk needed", f"{megabytes(plan.disk_bytes)} MB")
+    write_rich(table, needs, *(Text(f"note: {note}") for note in plan.notes))
+
+
+def show_report(report: Mapping[str, Any]) -> None:
+    """The figures of a report, whatever of them is there, and where the output lies."""
+    table = Table("", "original", "compressed", title="Result", title_justify="left")
+    for name, before, after in _figures(report):
+        table.add_row(name, before, after)
+    fallbacks = [str(one) for one in report.get("fallbacks") or ()]
+    lines = [Text(f"fallback: {line}") for line in fallbacks[:10]]
+    if len(fallbacks) > 10:
+        lines.append(Text(f"and {len(fallbacks) - 10} more fallbacks, all in report.json"))
+    if report.get("output"):
+        lines.append(Text(f"output: {report['output']}"))
+    write_rich(*([table] if table.row_count else []), *lines)
+
+
+def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    size, evaluation = report.get("size") or {}, report.get("evaluation") or {}
+    perplexity = evaluation.get("perplexity") or {}
+    if not isinstance(perplexity, Mapping):
+        perplexity = {"compressed": perplexity}
+    figures = [
+        ("size, MB", megabytes(size.get("bytes_before")), megabytes(size.get("bytes_after"))),
+        ("parameters", "", _number(size.get("parameters"), ",")),
+        ("bits per weight", "", _number(size.get("bits_per_weight"), ".2f")),
+        ("perplexity", _number(perplexity.get("original"), ".2f"), _number(perplexity.get("compressed"), ".2f")),
+        ("KL to the original, nats a token", "", _number(evaluation.get("kl"), ".4f")),
+        ("top-1 agreement", "", _number(evaluation.get("top1_agreement"), ".1%")),
+        ("time, s", "", _number((report.get("time") or {}).get("total_s"), ".0f")),
+        ("peak memory, MB", "", _number(report.get("peak_memory_mb"), ",.0f")),
+    ]
+    return [figure for figure in figures if figure[1] or figure[2]]
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "" if value is None else str(value)

@@ -1,0 +1,113 @@
+"""GPTQ: quantize a matrix column by column, spreading each column's error over the columns still to come.
+
+Frantar, Ashkboos, Hoefler, Alistarh 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", algorithm 1. W is the weight, H the Hessian 2XXᵀ (up to a factor that cancels), U the upper Cholesky
+factor of H⁻¹, B the block size.
+
+Where this differs from the paper, and why:
+- Grids are fitted before the first column and kept (static groups), so that columns may be taken in any order and the
+  file needs no column index.
+- Columns of least use go last, by the diagonal of H ("activation order", from the authors' code).
+- A column that calibration never excites is cut loose from the others and rounded to nearest, not set to zero: it may
+  be excited later.
+- U comes from one Cholesky factorisation of H taken from the last column to the first, H = R Rᵀ with R upper
+  triangular, since then H⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹: no inverse of H and no second factorisation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modelzip.kernels.gptq_columns import gptq_columns
+from modelzip.weights.affine import Affine
+
+from .grid import AffineGrid
+
+
+class SingularHessianError(ArithmeticError):
+    """No damping on the ladder made the Hessian positive definite."""
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U with H⁻¹ = UᵀU, [in, in] upper triangular, for the columns taken in `order` [in].
+
+    damping: the share of H's mean diagonal that was added. dead: number of columns that calibration never excited.
+    precision: "fp32", or "fp64" if fp32 failed at every damping.
+    """
+
+    upper: Tensor
+    order: Tensor
+    damping: float
+    dead: int
+    precision: str
+
+
+def inverse_factor(hessian: Tensor, *, damping: float, max_damping: float, order: str) -> InverseFactor:
+    """Factorise the inverse of hessian [in, in]; one factor serves all linears that share an input.
+
+    order: "activation" takes columns by falling diagonal, "none" as they stand. Damping rises by factors of √10 from
+    `damping` to `max_damping`, first in fp32, then in fp64. Raises SingularHessianError at the end of the ladder.
+    """
+    diagonal = hessian.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise SingularHessianError("the Hessian isn't finite: an activation overflowed")
+    dead = diagonal <= 0
+    permutation = diagonal.argsort(descending=True, stable=True)
+    if order == "none":
+        permutation = torch.arange(len(diagonal), device=hessian.device)
+    permuted = hessian[permutation][:, permutation]
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    permuted.diagonal()[dead[permutation]] = mean
+    rungs = [
+        damping * 10 ** (step / 2)
+        for step in range(1 + math.floor(2 * math.log10(max(max_damping / damping, 1)) + 1e-9))
+    ]
+    for precision in (torch.float32, torch.float64):
+        for rung in rungs:
+            upper = _upper(permuted.to(precision), rung * mean)
+            if upper is not None:
+                name = "fp32" if precision == torch.float32 else "fp64"
+                return InverseFactor(upper.to(hessian.dtype), permutation, rung, int(dead.sum()), name)
+    raise SingularHessianError(f"not positive definite with damping up to {rungs[-1]:g} of the mean diagonal, in fp64")
+
+
+def _upper(hessian: Tensor, damping: float) -> Tensor | None:
+    """U with (H + damping)⁻¹ = UᵀU, or None if H + damping isn't positive definite."""
+    flipped = hessian.flip(0, 1)
+    flipped.diagonal().add_(damping)
+    lower, info = torch.linalg.cholesky_ex(flipped)
+    if int(info) != 0:
+        return None
+    root = lower.flip(0, 1)
+    upper = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype, device=root.device), upper=True)
+    return upper if bool(torch.isfinite(upper).all()) else None
+
+
+def gptq(weight: Tensor, factor: InverseFactor, grid: AffineGrid, *, block_size: int = 128) -> Affine:
+    """Quantize weight [out, in] to the grid, minimising ‖(W − Ŵ)X‖² greedily over the columns.
+
+    factor: of the damped Hessian of the inputs, from `inverse_factor`. block_size: columns brought up to date together.
+    """
+    rows, columns = weight.shape
+    remaining = weight.T[factor.order].contiguous()
+    codes = torch.empty_like(remaining)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        scale, zero_point = grid.columns(factor.order[start:stop], rows=rows, in_features=columns)
+        codes[start:stop], errors = gptq_columns(
+            remaining[start:stop],
+            factor.upper[start:stop, start:stop],
+            scale,
+            zero_point,
+            bits=grid.bits,
+            value_dtype=grid.dtype,
+        )
+        remaining[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
+    original = torch.empty_like(codes)
+    original[factor.order] = codes
+    return grid.weight(original.T)

@@ -1,0 +1,136 @@
+"""The affine grid: where values may lie. Fitting a grid picks scales and zero points; rounding to it is `nearest`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modelzip.weights.affine import Affine
+
+SLAB_ELEMENTS = 1 << 17
+"""Weights searched at once: half a megabyte in fp32, so that every pass of the clip search stays in the cache."""
+
+SHRINK = tuple(1.0 - 0.025 * step for step in range(21))
+"""Fractions of the full range that the clip search tries: 1 down to 0.5."""
+
+
+@dataclass(frozen=True)
+class AffineGrid:
+    """Scales and zero points for one matrix [out, in].
+
+    scale, zero_point: fp32 [out, groups] ([1, 1] for one scale a tensor); scale holds values of `dtype`, the precision
+    in which they are stored and in which the runtime multiplies. zero_point is whole, 0 if symmetric.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    symmetric: bool
+    dtype: torch.dtype
+
+    def columns(self, index: Tensor, *, rows: int, in_features: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the given columns, transposed: two matrices [len(index), rows]."""
+        group = index // (in_features // self.scale.shape[1])
+        return tuple(part.T[group].expand(-1, rows).contiguous() for part in (self.scale, self.zero_point))  # type: ignore[return-value]
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Signed codes [out, in] (as floats) of the grid points nearest to weight [out, in]."""
+        grouped = weight.reshape(weight.shape[0], self.scale.shape[1], -1)
+        return _codes(grouped, self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1), self.bits).reshape(weight.shape)
+
+    def weight(self, codes: Tensor) -> Affine:
+        """The compressed weight with these signed codes [out, in]."""
+        zero_point = None if self.symmetric else self.zero_point.to(torch.int8)
+        return Affine.from_codes(codes.to(torch.int8), self.scale.to(self.dtype), zero_point, bits=self.bits)
+
+
+def fit_grid(
+    weight: Tensor,
+    *,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    clip: str,
+    dtype: torch.dtype,
+    importance: Tensor | None = None,
+) -> AffineGrid:
+    """Fit scales (and zero points) to weight [out, in].
+
+    group_size: columns a scale, `weight.shape[1]` for one a row, None for one a tensor. clip: "none" spans each
+    group's full range; "mse" also tries narrower ranges and keeps the one of least squared error, weighted by
+    importance [in] if given. dtype: precision of the stored scale.
+    """
+    rows, columns = weight.shape
+    if group_size is None:
+        grouped = weight.reshape(1, 1, -1)
+        scale, zero_point = _fit(grouped, bits=bits, symmetric=symmetric, clip=clip, dtype=dtype, importance=None)
+        return AffineGrid(scale, zero_point, bits, symmetric, dtype)
+    groups = columns // group_size
+    if importance is not None:
+        importance = importance.reshape(1, groups, group_size)
+    slab = max(1, SLAB_ELEMENTS // columns)
+    fits = [
+        _fit(
+            part.reshape(-1, groups, group_size),
+            bits=bits,
+            symmetric=symmetric,
+            clip=clip,
+            dtype=dtype,
+            importance=importance,
+        )
+        for part in weight.split(slab)
+    ]
+    scale, zero_point = (torch.cat(parts) for parts in zip(*fits, strict=True))
+    return AffineGrid(scale, zero_point, bits, symmetric, dtype)
+
+
+def _codes(grouped: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    return (grouped / scale).round_().add_(zero_point).clamp_(low, high)
+
+
+def _fit(
+    grouped: Tensor, *, bits: int, symmetric: bool, clip: str, dtype: torch.dtype, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [out, groups] for grouped weights [out, groups, group_size]."""
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    shrinks = SHRINK if clip == "mse" else SHRINK[:1]
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for sign in (1.0, -1.0) if symmetric and clip == "mse" else (1.0,):
+        for shrink in shrinks:
+            scale, zero_point = _span(low * shrink, high * shrink, bits=bits, symmetric=symmetric, dtype=dtype)
+            scale = scale * sign
+            if len(shrinks) == 1:
+                return scale, zero_point
+            error = _error(grouped, scale, zero_point, bits=bits, importance=importance)
+            if best is None:
+                best = error, scale, zero_point
+            else:
+                better = error < best[0]
+                best = tuple(
+                    torch.where(better, new, old) for new, old in zip((error, scale, zero_point), best, strict=True)
+                )  # type: ignore[assignment]
+    assert best is not None
+    return best[1], best[2]
+
+
+def _span(low: Tensor, high: Tensor, *, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    levels = (1 << bits) - 1
+    tiny = torch.finfo(torch.float32).tiny
+    if symmetric:
+        scale = (torch.maximum(-low, high) * (2 / levels)).to(dtype).float()
+        return torch.where(scale.abs() <= tiny, 1.0, scale), torch.zeros_like(scale)
+    scale = ((high - low) / levels).to(dtype).float()
+    scale = torch.where(scale <= tiny, 1.0, scale)
+    half = 1 << (bits - 1)
+    return scale, (-low / scale - half).round_().clamp_(-half, half - 1)
+
+
+def _error(grouped: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, importance: Tensor | None) -> Tensor:
+    """Squared rounding error by group, [out, groups]."""
+    scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+    difference = _codes(grouped, scale, zero_point, bits).sub_(zero_point).mul_(scale).sub_(grouped)
+    difference.square_()
+    return difference.sum(-1) if importance is None else difference.mul_(importance).sum(-1)

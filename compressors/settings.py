@@ -1,0 +1,28 @@
+"""What every method's settings class has: strict frozen fields, one line of summary, a citation and a sample stage."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class MethodSettings(BaseModel):
+    """The settings of one method. Recipes, options, `modelzip methods` and the JSON schema are all made from these.
+
+    Every field has a description. A field's `json_schema_extra` may hold `allowed` (a sentence part that says which
+    values are taken, where types and ranges don't) and `negative` (what a switch is called when it is off).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    summary: ClassVar[str] = ""
+    citation: ClassVar[str] = ""
+    example: ClassVar[str] = ""
+    whole_stage: ClassVar[frozenset[str]] = frozenset({"method"})
+    """Fields that a rule can't change for some modules only."""
+
+    @property
+    def label(self) -> str:
+        """What an output folder's name says of this stage."""
+        return str(getattr(self, "method", ""))

@@ -1,0 +1,197 @@
+"""The report of a run: `report.json` for machines, `report.md` for people and pull requests. No torch.
+
+`Report` says what a run read, wrote, lost and won. The clock is never read here: `created` is what the caller gives,
+and without it the same run gives the same words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modelzip.checkpoints.errors import RecipeError
+from pydantic import ValidationError
+
+from .schema import Module, Report
+
+__all__ = ["Report", "report_json", "report_markdown", "report_schema", "validate", "write_report"]
+
+# A pull-request comment on GitHub holds 65,536 characters; these limits keep well below with names of usual length.
+WORST_SHOWN = 5
+MODULES_SHOWN = 300
+FALLBACKS_SHOWN = 20
+
+
+def validate(data: Mapping[str, Any], *, origin: str = "report.json") -> Report:
+    """The report that a dictionary stands for. Raises RecipeError that names every field that is wrong."""
+    try:
+        return Report.model_validate(data)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, item['loc'])) or 'report'}: {item['msg']}" for item in error.errors()]
+        raise RecipeError(f"{origin} is not a modelzip report of version 1 ({'; '.join(faults)}).") from error
+
+
+def report_json(report: Report) -> bytes:
+    """report.json: UTF-8, two spaces, a newline at the end. Without `created`, the key is left out."""
+    leave_out = {"created"} if report.created is None else set()
+    return (report.model_dump_json(indent=2, exclude=leave_out) + "\n").encode()
+
+
+def report_schema() -> dict[str, Any]:
+    """JSON schema of report.json."""
+    return Report.model_json_schema(mode="serialization")
+
+
+def write_report(folder: Path, report: Report) -> tuple[Path, Path]:
+    """Write report.json and report.md into a folder, each in one rename."""
+    paths = folder / "report.json", folder / "report.md"
+    for path, content in zip(paths, (report_json(report), report_markdown(report).encode()), strict=True):
+        draft = path.with_name(f".{path.name}.partial")
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    return paths
+
+
+def report_markdown(report: Report) -> str:
+    """report.md: the headline first, then what it took, then details that fold."""
+    parts = [
+        _title(report),
+        _headline(report),
+        _cost(report),
+        _protocol(report),
+        _fallbacks(report.fallbacks),
+        _worst(report.modules),
+        _details(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _title(report: Report) -> str:
+    source = _code(report.source.name)
+    return f"# modelzip {report.command}: {source}" + (f" → {_code(report.output)}" if report.output else "")
+
+
+def _headline(report: Report) -> str:
+    size, evaluation = report.size, report.evaluation
+    before = "–" if size.bytes_before is None else f"{size.bytes_before / 1e6:,.1f} MB"
+    times = "" if size.ratio is None else f"{size.ratio:.2f} × smaller"
+    rows = [("Weights on disk", before, f"{size.bytes_after / 1e6:,.1f} MB", times)]
+    if size.bits_per_weight is not None:
+        share = f"{size.compressed_parameters:,} of {size.parameters:,} parameters"
+        rows.append(("Bits a compressed weight", "", f"{size.bits_per_weight:.2f}", share))
+    rows.append(("Bits a parameter, whole model", "", f"{size.bits_per_parameter:.2f}", ""))
+    if evaluation:
+        original, compressed = evaluation.perplexity.original, evaluation.perplexity.compressed
+        change = f"{100 * (compressed / original - 1):+.1f} %" if original else ""
+        rows.append(("Perplexity", _number(original, ".3f"), _number(compressed, ".3f"), change))
+        if evaluation.kl is not None:
+            rows.append(("KL to the original", "", _number(evaluation.kl, ".4f"), "nats a token"))
+        if evaluation.top1_agreement is not None:
+            rows.append(("Top-1 agreement", "", _number(100 * evaluation.top1_agreement, ".1f") + " %", ""))
+    return _table(("", "original", "compressed", ""), rows)
+
+
+def _cost(report: Report) -> str:
+    memory = "" if report.peak_memory_mb is None else f" and {report.peak_memory_mb:,.0f} MB of memory at the peak"
+    where = f"{report.environment.device}, {report.environment.threads} threads"
+    lines = [f"Took {report.time.total_s:,.1f} s{memory} ({where})."]
+    if report.verification:
+        lines.append(
+            f"Reopened in a new process: logits within {_number(report.verification.max_logit_difference, '.2e')} "
+            f"of the model in memory over {report.verification.tokens:,} tokens."
+        )
+    return " ".join(lines)
+
+
+def _protocol(report: Report) -> str:
+    lines = []
+    if (data := report.calibration) is not None:
+        lines.append(
+            f"Calibration: {data.samples} × {data.seq_len} tokens of {_code(data.source)}, seed {data.seed}, "
+            f"SHA-256 {data.sha256[:12]}."
+        )
+    if report.evaluation is None:
+        lines.append("Quality was not measured in this run.")
+    else:
+        how = report.evaluation.protocol
+        lines.append(
+            f"Evaluation: {how.windows} × {how.seq_len} tokens of {_code(how.source)}, stride {how.stride}, "
+            f"{'with' if how.bos else 'no'} BOS, {how.dtype}, {how.tokens:,} tokens scored, SHA-256 {how.sha256[:12]}."
+        )
+    return "  \n".join(lines)
+
+
+def _fallbacks(sentences: Sequence[str]) -> str:
+    if not sentences:
+        return "Everything went as asked: no fallbacks."
+    shown = [f"- {sentence}" for sentence in sentences[:FALLBACKS_SHOWN]]
+    if len(sentences) > FALLBACKS_SHOWN:
+        shown.append(f"- and {len(sentences) - FALLBACKS_SHOWN} more in report.json")
+    return f"Fallbacks ({len(sentences)}):\n\n" + "\n".join(shown)
+
+
+def _worst(modules: Sequence[Module]) -> str:
+    if not modules:
+        return ""
+    worst = sorted(modules, key=_badness, reverse=True)[:WORST_SHOWN]
+    return f"Worst {len(worst)} of {len(modules)} modules:\n\n{_modules_table(worst)}"
+
+
+def _details(report: Report) -> str:
+    parts = []
+    if report.modules:
+        shown = report.modules[:MODULES_SHOWN]
+        note = f"First {len(shown)}; all are in report.json.\n\n" if len(shown) < len(report.modules) else ""
+        parts.append(_fold(f"All {len(report.modules)} modules", note + _modules_table(shown)))
+    if report.time.phases:
+        rows = [(name.removesuffix("_s"), f"{seconds:,.2f} s") for name, seconds in report.time.phases.items()]
+        parts.append(_fold("Time by phase", _table(("phase", "wall time"), rows)))
+    parts.append(_fold("Recipe", f"````json\n{json.dumps(report.recipe, indent=2, ensure_ascii=False)}\n````"))
+    where = [("modelzip", report.modelzip), *((k, str(v)) for k, v in report.environment.model_dump().items())]
+    if report.created is not None:
+        where.append(("created", report.created))
+    parts.append(_fold("Environment", _table(("", ""), where)))
+    return "\n\n".join(parts)
+
+
+def _modules_table(modules: Sequence[Module]) -> str:
+    rows = [
+        (
+            _code(module.name),
+            f"{module.method} {module.bits} bit",
+            str(module.group_size),
+            "×".join(map(str, module.shape)),
+            _number(module.error, ".4f"),
+            _number(module.weight_error, ".4f"),
+            module.note,
+        )
+        for module in modules
+    ]
+    return _table(("module", "method", "group", "shape", "output error", "weight error", "note"), rows)
+
+
+def _badness(module: Module) -> float:
+    """Output error where it was measured, else weight error; NaN counts as worst."""
+    error = module.weight_error if module.error is None else module.error
+    return math.inf if math.isnan(error) else error
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('`', '')}`"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _fold(summary: str, body: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"

@@ -1,0 +1,143 @@
+"""What a report holds: the fields of `report.json`, each with its meaning and its unit. No torch.
+
+The values are frozen and strict: an unknown or missing field is an error. A number that could not be computed is NaN
+and is written as the string "NaN", because JSON has no such number; reading it back gives NaN again.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+
+class Section(BaseModel):
+    """Base of all parts of a report."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", allow_inf_nan=True)
+
+
+class Source(Section):
+    name: str = Field(description="The model as the user named it: a folder, a hub id or a .gguf file")
+    sha256: str = Field(description="SHA-256 over config.json and the headers of the weight files")
+    revision: str | None = Field(None, description="Revision of a hub id; null for a local model")
+
+
+class PlanSummary(Section):
+    modules: int = Field(description="Linears that the plan set out to compress")
+    bytes_before: int = Field(description="Bytes of all weights before, from the headers")
+    bytes_after: int = Field(description="Bytes of all weights after, as predicted")
+    memory_bytes: int = Field(description="Memory that the plan asked for, in bytes")
+    disk_bytes: int = Field(description="Free disk that the plan asked for, in bytes")
+    notes: tuple[str, ...] = Field((), description="What the plan had to say, one sentence each")
+
+
+class CalibrationData(Section):
+    source: str = Field(description='Where the text came from: a file, a hub dataset, or "self"')
+    tokens: int = Field(description="Tokens that ran through the model")
+    sha256: str = Field(description="SHA-256 of those token ids")
+    samples: int = Field(description="Windows of tokens")
+    seq_len: int = Field(description="Tokens a window")
+    seed: int = Field(description="Seed of the text or of the choice of windows")
+
+
+class Module(Section):
+    name: str = Field(description="Module name, such as model.layers.3.mlp.down_proj")
+    method: str = Field(description="Method that compressed it")
+    bits: int = Field(description="Bits a code, scales and zero points not counted")
+    group_size: int | Literal["channel", "tensor"] = Field(
+        description="Columns that share a scale; channel is one scale a row, tensor is one scale in all"
+    )
+    shape: tuple[int, int] = Field(description="Rows and columns: (out, in)")
+    error: float | None = Field(
+        description="Relative error of the module's output on the calibration tokens: "
+        "‖xWᵀ - xŴᵀ‖ / ‖xWᵀ‖, Frobenius norm; null if no tokens ran through it"
+    )
+    weight_error: float = Field(description="Relative error of the weights: ‖W - Ŵ‖ / ‖W‖, Frobenius norm")
+    note: str = Field("", description="What was special about this module: a fallback, another group size")
+
+
+class Protocol(Section):
+    source: str = Field(description="Where the evaluation text came from")
+    sha256: str = Field(description="SHA-256 of the evaluated token ids")
+    windows: int = Field(description="Windows of tokens")
+    seq_len: int = Field(description="Tokens a window")
+    stride: int = Field(description="Tokens from the start of one window to the start of the next")
+    bos: bool = Field(description="Whether each window starts with the tokenizer's beginning-of-sequence token")
+    dtype: str = Field(description="Number type that both models ran in")
+    tokens: int = Field(description="Tokens that were predicted and scored")
+
+
+class Perplexity(Section):
+    original: float | None = Field(description="Perplexity of the original model; null if it was not run")
+    compressed: float | None = Field(
+        description="Perplexity of the compressed model; null for models that don't predict the next token"
+    )
+
+
+class EvaluationResult(Section):
+    protocol: Protocol = Field(description="How it was measured; figures compare only under the same protocol")
+    perplexity: Perplexity = Field(description="exp of the mean negative log-likelihood a token")
+    kl: float | None = Field(description="Mean KL(original ‖ compressed), nats a token; null without an original")
+    top1_agreement: float | None = Field(
+        description="Share of tokens (0 to 1) where both models rank the same token first; null without an original"
+    )
+
+
+class Size(Section):
+    bytes_before: int | None = Field(description="Bytes of the original's weights; null if there is no original")
+    bytes_after: int = Field(description="Bytes of the compressed model's weight files")
+    ratio: float | None = Field(description="bytes_before / bytes_after")
+    parameters: int = Field(description="Parameters of the whole model, tied ones counted once")
+    compressed_parameters: int = Field(description="Parameters of the compressed linears")
+    bits_per_weight: float | None = Field(
+        description="Bits a parameter over the compressed linears, scales and zero points counted; "
+        "null if nothing is compressed"
+    )
+    bits_per_parameter: float = Field(description="Bits a parameter over the whole model")
+
+
+class Verification(Section):
+    max_logit_difference: float = Field(
+        description="Largest difference of a logit between the model in memory and the output reopened in a new process"
+    )
+    tokens: int = Field(description="Tokens that were compared")
+
+
+class Time(Section):
+    total_s: float = Field(description="Wall time from start to end, in seconds")
+    phases: dict[str, float] = Field(
+        default_factory=dict,
+        description="Wall time of each phase, in seconds: forward_s, hessian_s, solve_s, write_s and others",
+    )
+
+
+class Environment(Section):
+    python: str = Field(description="Version of Python")
+    torch: str = Field(description="Version of PyTorch")
+    transformers: str = Field(description="Version of transformers")
+    compressed_tensors: str = Field(description="Version of compressed-tensors")
+    platform: str = Field(description="Operating system and machine type")
+    cpu: str = Field(description="Name of the processor")
+    device: str = Field(description="Device that the work ran on: cpu or cuda with its name")
+    threads: int = Field(description="Threads that PyTorch used")
+
+
+class Report(Section):
+    schema_version: Literal[1] = Field(1, description="Version of this format")
+    modelzip: str = Field(description="Version of modelzip")
+    created: str | None = Field(None, description="When the report was made, ISO 8601; left out if not given")
+    command: str = Field(description="Command that made it: quantize, run or evaluate")
+    recipe: dict[str, JsonValue] = Field(description="The recipe with every default filled in")
+    source: Source = Field(description="The model that was read")
+    output: str | None = Field(description="Folder that was written; null if none was")
+    plan: PlanSummary | None = Field(None, description="What was predicted before a weight was read")
+    calibration: CalibrationData | None = Field(None, description="Calibration tokens; null if none were needed")
+    modules: tuple[Module, ...] = Field((), description="The compressed linears")
+    fallbacks: tuple[str, ...] = Field((), description="Everything that did not go as asked, one sentence each")
+    evaluation: EvaluationResult | None = Field(None, description="Quality; null if it was switched off")
+    size: Size = Field(description="What it weighs")
+    verification: Verification | None = Field(None, description="The output reopened; null if none was written")
+    time: Time = Field(description="Where the time went")
+    peak_memory_mb: float | None = Field(None, description="Peak resident memory of the process, in MB (10^6 bytes)")
+    environment: Environment = Field(description="Where it ran")

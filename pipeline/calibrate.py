@@ -1,0 +1,129 @@
+"""Tokens for calibration and evaluation, and how they are handed to a model's forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelzip.checkpoints.errors import CalibrationError, CheckpointError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.recipes.schema import Calibration, Evaluation
+
+from .selftext import self_windows
+from .text import Windows, read_windows
+
+SELF_HELD_BACK = 8
+"""Windows that a model writes for its own evaluation."""
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer. Raises CheckpointError if it has none that transformers can open."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        told = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{checkpoint.source} has no tokenizer that transformers can open ({told}): add the tokenizer files, or use "
+            "--calibration self."
+        ) from None
+
+
+def forward_inputs(model: Any) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """A function from token windows [batch, seq_len] to the arguments of the model's forward."""
+    parameters = inspect.signature(model.forward).parameters
+    if getattr(model.config, "is_encoder_decoder", False):
+        return lambda windows: {"input_ids": windows, "decoder_input_ids": windows}
+    if "input_ids" not in parameters:
+        raise CheckpointError(
+            f"{type(model).__name__} doesn't take token ids, which is all that modelzip calibrates with."
+        )
+    return lambda windows: {"input_ids": windows}
+
+
+def is_causal(model: Any) -> bool:
+    """Whether the logits at each position predict the next token."""
+    name = type(model).__name__
+    return (name.endswith("ForCausalLM") or name.endswith("LMHeadModel")) and not model.config.is_encoder_decoder
+
+
+def calibration_windows(
+    calibration: Calibration, checkpoint: Checkpoint, model: Any, *, seed: int, held_back: int
+) -> tuple[Windows, Windows | None]:
+    """The windows to calibrate on, and up to `held_back` further ones of the same source (None if there are none)."""
+    if calibration.seq_len > (limit := longest(model)):
+        raise CalibrationError(f"--seq-len is {calibration.seq_len}, but the model takes at most {limit} tokens.")
+    samples, seq_len = calibration.samples, calibration.seq_len
+    if calibration.source == "self":
+        extra = min(held_back, SELF_HELD_BACK)
+        vocabulary = model.config.get_text_config().vocab_size
+        every = self_windows(
+            checkpoint.folder,
+            writes=is_causal(model),
+            vocabulary=vocabulary,
+            excluded=_special(model.config),
+            count=samples + extra,
+            seq_len=seq_len,
+            seed=seed,
+        )
+        used, kept = every.tokens[:samples], every.tokens[samples:]
+        return Windows(used, every.source, 0), Windows(kept, f"{every.source}, held back", 0) if extra else None
+    tokenizer = tokenizer_of(checkpoint)
+    where = {"field": calibration.field, "split": calibration.split, "seq_len": seq_len}
+    windows = read_windows(calibration.source, tokenizer, count=samples, **where)  # type: ignore[arg-type]
+    if not held_back:
+        return windows, None
+    kept_back = read_windows(calibration.source, tokenizer, count=held_back, skip=samples, least=0, **where)  # type: ignore[arg-type]
+    if len(kept_back.tokens) == 0:
+        return windows, None
+    return windows, Windows(kept_back.tokens, f"{calibration.source}, held back from calibration", kept_back.spare)
+
+
+def evaluation_windows(evaluation: Evaluation, checkpoint: Checkpoint, model: Any) -> Windows:
+    """The windows of `evaluation.data`. Raises CalibrationError if it holds fewer than one."""
+    assert evaluation.data is not None
+    if evaluation.seq_len > (limit := longest(model)):
+        raise CalibrationError(
+            f"The evaluation's seq_len is {evaluation.seq_len}; the model takes at most {limit} tokens."
+        )
+    return read_windows(
+        evaluation.data,
+        tokenizer_of(checkpoint),
+        field=evaluation.field,
+        split=evaluation.split,
+        count=evaluation.windows,
+        seq_len=evaluation.seq_len,
+        least=1,
+    )
+
+
+def longest(model: Any) -> int:
+    """Most tokens that the model's positions allow."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return 1 << 30
+    padding = getattr(config, "pad_token_id", None)
+    offset = type(model).__module__.rpartition(".")[2] in {
+        "modeling_roberta",
+        "modeling_xlm_roberta",
+        "modeling_camembert",
+    }
+    return limit - (padding or 0) - 1 if offset else limit
+
+
+def _special(config: Any) -> frozenset[int]:
+    ids = (
+        getattr(config.get_text_config(), f"{name}_token_id", None) for name in ("bos", "eos", "pad", "decoder_start")
+    )
+    return frozenset(token for token in ids if isinstance(token, int))
+
+
+def batches(windows: Tensor, size: int, inputs: Callable[[Tensor], Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
+    """The forward's arguments for each batch of `size` windows."""
+    return [inputs(part.to(torch.int64)) for part in windows.split(size)]

@@ -1,0 +1,37 @@
+"""The second moment of a linear's inputs: H = mean of x xᵀ over the tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PANEL = 256
+"""Columns of a panel: only panels on and under the diagonal are computed."""
+
+
+def accumulate(total: Tensor, inputs: Tensor) -> int:
+    """Add the products of inputs [..., in] to the lower panels of total [in, in] (fp32); returns the token count.
+
+    H is symmetric, so this is a symmetric rank-k update: (1 + 1/panels) / 2 of the full product's work.
+    """
+    x = inputs.reshape(-1, inputs.shape[-1]).to(total.dtype)
+    width = total.shape[0]
+    for start in range(0, width, PANEL):
+        stop = min(start + PANEL, width)
+        total[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+    return x.shape[0]
+
+
+def finish(total: Tensor, tokens: int) -> Tensor:
+    """The mean over tokens, with the upper half filled from the lower."""
+    if tokens == 0:
+        return total
+    lower = torch.tril(total) / tokens
+    return lower + torch.tril(lower, -1).T
+
+
+def relative_error(weight: Tensor, dense: Tensor, hessian: Tensor) -> float:
+    """‖(W − Ŵ)X‖ / ‖WX‖ for weight and dense [out, in]: the relative error of the layer's output."""
+    lost = weight - dense
+    kept = float(((weight @ hessian) * weight).sum())
+    return (max(0.0, float(((lost @ hessian) * lost).sum())) / kept) ** 0.5 if kept > 0 else 0.0

@@ -1,0 +1,69 @@
+"""What a run depends on: hashes of the input, the fingerprint that a resumed run must share, and `modelzip.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.recipes.load import recipe_data
+from modelzip.recipes.schema import Recipe
+
+from .environment import package_version
+
+PROVENANCE: Final = "modelzip.json"
+PACKAGES: Final = ("modelzip", "torch", "transformers", "compressed-tensors", "safetensors")
+NOT_IN_THE_BYTES: Final = ("output", "evaluate", "model")
+
+
+def header_hash(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the config and every tensor's name, type, shape and size."""
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name in sorted(checkpoint.tensors):
+        info = checkpoint.tensors[name]
+        digest.update(f"{name} {info.dtype} {info.shape} {info.nbytes}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
+    """SHA-256 of all that the output's bytes depend on: recipe, input (its files' sizes and times too), versions."""
+    data = {key: value for key, value in recipe_data(recipe).items() if key not in NOT_IN_THE_BYTES}
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    source = recipe.calibration.source
+    if Path(source).is_file():
+        stats.append((Path(source).name, Path(source).stat().st_size, Path(source).stat().st_mtime_ns))
+    whole = [data, stats, header_hash(checkpoint), {name: package_version(name) for name in PACKAGES}]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def provenance_of(recipe: Recipe, checkpoint: Checkpoint, fingerprint: str, modules: Mapping[str, Any]) -> bytes:
+    """modelzip.json: how the output was made. It holds no times and no paths of the output, so it is reproducible."""
+    data = {key: value for key, value in recipe_data(recipe).items() if key != "output"}
+    return _json(
+        {
+            "format": 1,
+            "fingerprint": fingerprint,
+            "recipe": data,
+            "seed": recipe.seed,
+            "source": {"name": checkpoint.source, "headers_sha256": header_hash(checkpoint)},
+            "versions": {name: package_version(name) for name in PACKAGES},
+            "modules": dict(modules),
+        }
+    )
+
+
+def read_provenance(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """modelzip.json of a finished output of this very run, or None."""
+    file = folder / PROVENANCE
+    if not file.is_file():
+        return None
+    data = json.loads(file.read_text())
+    return data if isinstance(data, dict) and data.get("fingerprint") == fingerprint else None
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

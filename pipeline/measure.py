@@ -1,0 +1,144 @@
+"""Models opened for measuring: their streamed form, the check in a fresh process, and the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from modelzip.checkpoints.errors import CheckpointError, MachineError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.reader import Decode
+from modelzip.checkpoints.streamed import StreamedModel, start
+from modelzip.evaluation.agreement import measure
+from modelzip.weights.layouts import MODELZIP, decoder
+
+from .calibrate import forward_inputs, is_causal, longest
+from .plan import checkpoint_dtype
+from .progress import Progress
+from .text import Windows
+from .verify import main_output, verify
+
+PROBE_TOKENS = 64
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU. Raises MachineError for a device that isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    module = getattr(torch, device.type)
+    if not module.is_available() or (device.index or 0) >= module.device_count():
+        raise MachineError(f"The device {name} isn't there: choose --device cpu, or leave --device out.")
+    return device
+
+
+def pick_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The type of activations in calibration: the checkpoint's; fp32 for fp16 on CPU, where much of it is missing."""
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    stored = checkpoint_dtype(checkpoint)
+    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+
+
+def open_streamed(checkpoint: Checkpoint, dtype: str, device: torch.device) -> StreamedModel:
+    """The checkpoint as a streamed model, compressed linears made dense as they are loaded."""
+    return _streamed(checkpoint, pick_dtype(dtype, checkpoint, device), device)
+
+
+def _streamed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> StreamedModel:
+    return StreamedModel(checkpoint, dtype=dtype, device=device, decode=_decode(checkpoint))
+
+
+def _decode(checkpoint: Checkpoint) -> Decode | None:
+    config = checkpoint.quantization
+    if config is None:
+        return None
+    try:
+        compressed = decoder(config)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.source} is {error}, which modelzip doesn't read: it reads its own outputs and "
+            "compressed-tensors pack-quantized."
+        ) from None
+
+    def dense(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        weight = compressed(name, tensors)
+        return weight.dense(weight.scale.dtype)
+
+    return dense
+
+
+def reopen(result: Checkpoint, *, seed: int, device: torch.device) -> tuple[dict[str, Any] | None, list[str]]:
+    """Compare the output, streamed by modelzip, with what transformers opens in a fresh process.
+
+    Returns the report's `verification`, or None and the reason. Raises OutputError if they differ.
+    """
+    dense = 4 * sum(_elements(result).values())
+    if dense * 1.5 > psutil.virtual_memory().available:
+        return None, [f"the output wasn't reopened in a fresh process: that takes {dense / 1e9:,.1f} GB dense in fp32"]
+    streamed = _streamed(result, torch.float32, device)
+    length = min(PROBE_TOKENS, longest(streamed.model))
+    vocabulary = streamed.model.config.get_text_config().vocab_size
+    window = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
+    inputs = dict(forward_inputs(streamed.model)(window))
+    walk = streamed.walk([inputs], spill_limit=1 << 62, spill_folder=None)
+    start(walk, streamed)
+    for block in streamed.structure.blocks:
+        streamed.through(walk, block)
+    expected = main_output(walk.at[0].output)
+    walk.close()
+    config = result.quantization or {}
+    return verify(result.folder, inputs, expected, own_layout=config.get("quant_method") == MODELZIP), []
+
+
+def _elements(checkpoint: Checkpoint) -> dict[str, int]:
+    """Elements of each tensor once it is dense."""
+    bits = {"F32": 32, "F16": 16, "BF16": 16, "I32": 4}
+    return {name: 8 * info.nbytes // bits.get(info.dtype, 8) for name, info in checkpoint.tensors.items()}
+
+
+def evaluation_section(
+    compressed: Checkpoint,
+    original: Checkpoint | None,
+    windows: Windows,
+    *,
+    dtype: str,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The report's `evaluation`: figures and the protocol under which they were taken. Runs in fp32 unless told."""
+    number = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    model = _streamed(compressed, number, device)
+    other = None if original is None else _streamed(original, number, device)
+    causal = is_causal(model.model)
+    figures = measure(
+        model,
+        other,
+        windows.tokens,
+        inputs=forward_inputs(model.model),
+        causal=causal,
+        report=lambda done, total: progress.step("evaluate", done, total),
+    )
+    count, seq_len = windows.tokens.shape
+    tokens = figures.pop("tokens")
+    return {
+        "protocol": {
+            "source": windows.source,
+            "sha256": windows.sha256,
+            "windows": count,
+            "seq_len": seq_len,
+            "stride": seq_len,
+            "bos": False,
+            "dtype": str(number).removeprefix("torch."),
+            "tokens": tokens,
+        },
+        **figures,
+    }

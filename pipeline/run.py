@@ -1,0 +1,249 @@
+"""The loop over stages: plan all, then compress, reopen, measure and report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelzip.checkpoints.errors import RecipeError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.evaluation.gates import parse_gates, require_measured
+from modelzip.evaluation.report import report_json, validate, write_report
+from modelzip.recipes.load import recipe_data
+from modelzip.recipes.schema import Evaluation, Recipe
+
+from .calibrate import calibration_windows, evaluation_windows
+from .clock import Clock
+from .context import Context
+from .environment import environment, package_version, peak_memory_mb
+from .identity import PROVENANCE, fingerprint_of, header_hash, provenance_of, read_provenance
+from .measure import evaluation_section, open_streamed, pick_device, reopen
+from .sections import calibration_section, module_rows, plan_summary, size_section
+from .plan import Plan, check_machine, make_plans
+from .progress import Progress
+from .stage import run_stage
+from .text import Windows, check_source
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """folder: what was written. report: the contents of report.json."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that has been planned."""
+
+    context: Context
+    checkpoint: Checkpoint
+    plans: list[Plan]
+    output: Path
+    started: float
+
+
+def plan_recipe(recipe: Recipe, *, output: Path) -> list[Plan]:
+    """The plan of every stage, from headers alone. Raises what `make_plans` raises."""
+    checkpoint = _open(recipe)
+    _check_data(recipe)
+    return make_plans(recipe, checkpoint, output=output)
+
+
+def run_recipe(
+    recipe: Recipe, *, output: Path, overwrite: bool = False, resume: bool = False, progress: Progress
+) -> Result:
+    """Run all stages, reopen the result in a fresh process, measure it against the original, and write the report.
+
+    Everything that can be checked is checked before a weight is read. Raises ModelzipError and its kinds.
+    """
+    started = time.perf_counter()
+    gates = parse_gates(recipe.evaluate.fail_if)
+    require_measured(gates, evaluation=recipe.evaluate.enabled)
+    device = pick_device(recipe.device)
+    checkpoint = _open(recipe)
+    _check_data(recipe)
+    plans = make_plans(recipe, checkpoint, output=output)
+    context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
+    run = _Run(context, checkpoint, plans, output, started)
+    finished = read_provenance(output, context.fingerprint) if resume else None
+    if finished is not None and (output / REPORT).exists():
+        progress.say(f"{output} is finished already; this is its report.")
+        return Result(output, json.loads((output / REPORT).read_text()))
+    if finished is None:
+        for plan in plans:
+            check_machine(plan)
+            for note in plan.notes:
+                progress.say(note)
+    with torch.no_grad():
+        calibration, kept = _windows(run, compresses=finished is None)
+        if finished is None:
+            _stages(run, calibration, overwrite=overwrite, resume=resume)
+        return _measured(run, calibration, kept)
+
+
+def _windows(run: _Run, *, compresses: bool) -> tuple[Windows | None, Windows | None]:
+    """The tokens to calibrate on and those to evaluate on; None where none are needed or there are none."""
+    recipe = run.context.recipe
+    begin = time.perf_counter()
+    held_back = recipe.evaluate.windows if recipe.evaluate.enabled and recipe.evaluate.data is None else 0
+    calibration: Windows | None = None
+    kept: Windows | None = None
+    model = open_streamed(run.checkpoint, recipe.dtype, run.context.device).model
+    if held_back or (compresses and any(plan.needs_data for plan in run.plans)):
+        if recipe.calibration.source == "self":
+            run.context.progress.say("the model writes its own calibration text")
+        calibration, kept = calibration_windows(
+            recipe.calibration, run.checkpoint, model, seed=recipe.seed, held_back=held_back
+        )
+    if recipe.evaluate.enabled and recipe.evaluate.data is not None:
+        kept = evaluation_windows(recipe.evaluate, run.checkpoint, model)
+    run.context.clock.add("text", begin)
+    return calibration, kept
+
+
+def _stages(run: _Run, calibration: Windows | None, *, overwrite: bool, resume: bool) -> None:
+    """Run the stages; all but the last write to hidden folders beside the output, which are removed at the end."""
+    source = run.checkpoint
+    between: list[Path] = []
+    records: dict[str, Any] = {}
+    for number, plan in enumerate(run.plans):
+        is_last = number == len(run.plans) - 1
+        target = run.output if is_last else run.output.with_name(f".{run.output.name}.stage{number + 1}")
+        earlier = read_provenance(target, run.context.fingerprint) if resume and not is_last else None
+        if earlier is None:
+            records |= run_stage(
+                plan,
+                source,
+                target=target,
+                windows=calibration if plan.needs_data else None,
+                describe=_describer(run, records),
+                overwrite=overwrite or not is_last,
+                resume=resume,
+                context=run.context,
+            )
+        else:
+            records |= earlier["modules"]
+        if not is_last:
+            between.append(target)
+            source = Checkpoint.open(str(target))
+    for folder in between:
+        shutil.rmtree(folder)
+
+
+def _describer(run: _Run, earlier: dict[str, Any]) -> Callable[[dict[str, Any]], bytes]:
+    """A function from a stage's module records to the bytes of modelzip.json, with those of earlier stages."""
+    return lambda found: provenance_of(
+        run.context.recipe, run.checkpoint, run.context.fingerprint, {**earlier, **found}
+    )
+
+
+def _measured(run: _Run, calibration: Windows | None, kept: Windows | None) -> Result:
+    """Reopen the output, measure it, and put the report beside it."""
+    result = Checkpoint.open(str(run.output))
+    begin = time.perf_counter()
+    run.context.progress.say("reopening the output in a fresh process")
+    verification, unverified = reopen(result, seed=run.context.recipe.seed, device=run.context.device)
+    begin = run.context.clock.add("reopen", begin)
+    evaluation = None
+    if kept is not None:
+        evaluation = evaluation_section(
+            result,
+            run.checkpoint,
+            kept,
+            dtype=run.context.recipe.dtype,
+            device=run.context.device,
+            progress=run.context.progress,
+        )
+        run.context.clock.add("evaluate", begin)
+    used = calibration if any(plan.needs_data for plan in run.plans) else None
+    provenance = read_provenance(run.output, run.context.fingerprint)
+    assert provenance is not None
+    modules, fallbacks = module_rows(run.plans, provenance["modules"])
+    report = validate(
+        {
+            "modelzip": package_version("modelzip"),
+            "command": "run" if len(run.plans) > 1 else run.context.recipe.stages[0].kind,
+            "recipe": recipe_data(run.context.recipe),
+            "source": {
+                "name": run.checkpoint.source,
+                "sha256": header_hash(run.checkpoint),
+                "revision": run.context.recipe.revision,
+            },
+            "output": str(run.output),
+            "plan": plan_summary(run.plans),
+            "calibration": calibration_section(used, run.context.recipe.seed),
+            "modules": modules,
+            "fallbacks": [*fallbacks, *unverified],
+            "evaluation": evaluation,
+            "size": size_section(run.checkpoint, result),
+            "verification": verification,
+            "time": {"total_s": time.perf_counter() - run.started, "phases": run.context.clock.phases()},
+            "peak_memory_mb": peak_memory_mb(),
+            "environment": environment(run.context.device),
+        }
+    )
+    write_report(run.output, report)
+    return Result(run.output, json.loads(report_json(report)))
+
+
+def _open(recipe: Recipe) -> Checkpoint:
+    if recipe.model is None:
+        raise RecipeError("No model is named: give a folder, a hub id or a .gguf file.")
+    return Checkpoint.open(recipe.model, revision=recipe.revision)
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Raise CalibrationError for data files that can't be read, before anything else is done."""
+    if recipe.calibration.source != "self":
+        check_source(recipe.calibration.source, field=recipe.calibration.field)
+    if recipe.evaluate.enabled and recipe.evaluate.data is not None:
+        check_source(recipe.evaluate.data, field=recipe.evaluate.field)
+
+
+def evaluate_models(
+    model: str,
+    *,
+    against: str | None,
+    evaluation: Evaluation,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure one model, against another if given, on `evaluation.data`; returns a report."""
+    started = time.perf_counter()
+    gates = parse_gates(evaluation.fail_if)
+    require_measured(gates, evaluation=True, original=against is not None)
+    if evaluation.data is None:
+        raise RecipeError("Nothing to evaluate on: name a text file with --data FILE.")
+    check_source(evaluation.data, field=evaluation.field)
+    where = pick_device(device)
+    checkpoint = Checkpoint.open(model, revision=revision if against is None else None)
+    original = None if against is None else Checkpoint.open(against, revision=revision)
+    with torch.no_grad():
+        windows = evaluation_windows(evaluation, checkpoint, open_streamed(checkpoint, dtype, where).model)
+        section = evaluation_section(checkpoint, original, windows, dtype=dtype, device=where, progress=progress)
+    report = {
+        "modelzip": package_version("modelzip"),
+        "command": "evaluate",
+        "recipe": {"model": model, "against": against, "evaluate": evaluation.model_dump(mode="json")},
+        "source": {"name": against or model, "sha256": header_hash(original or checkpoint), "revision": revision},
+        "output": None,
+        "evaluation": section,
+        "size": size_section(original, checkpoint),
+        "time": {"total_s": time.perf_counter() - started, "phases": {}},
+        "peak_memory_mb": peak_memory_mb(),
+        "environment": environment(where),
+    }
+    return dict(json.loads(report_json(validate(report))))

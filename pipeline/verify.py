@@ -1,0 +1,94 @@
+"""The proof that the output opens: plain transformers loads it in a fresh process, without the source in sight.
+
+The parent streams the same tokens through the output with modelzip's own reader; the logits must agree. Run as a module
+it is the fresh process: `python -m modelzip.pipeline.verify FOLDER TOKENS OUT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modelzip.checkpoints.errors import OutputError
+
+TOLERANCE = 1e-3
+"""Largest allowed difference of a logit, relative to the largest logit; both sides compute in fp32."""
+
+
+def verify(folder: Path, inputs: dict[str, Tensor], expected: Tensor, *, own_layout: bool) -> dict[str, Any]:
+    """Reopen `folder` in a fresh process on `inputs` and compare its output with `expected`.
+
+    own_layout: whether the process must import modelzip.weights first. Returns max_logit_difference and tokens.
+    Raises OutputError if the folder doesn't open, or opens as another model.
+    """
+    with tempfile.TemporaryDirectory(prefix="modelzip-") as place:
+        tokens, out = Path(place) / "inputs.safetensors", Path(place) / "output.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, tokens)
+        command = [sys.executable, "-m", "modelzip.pipeline.verify", str(folder.absolute()), str(tokens), str(out)]
+        run = subprocess.run(
+            [*command, "own" if own_layout else "plain"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=place,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        if run.returncode != 0:
+            last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+            raise OutputError(f"{folder} was written, but transformers can't open it: {last}")
+        found = load_file(out)["output"]
+    difference = float((found.float() - expected.float().cpu()).abs().max())
+    largest = float(expected.abs().max())
+    if not difference <= TOLERANCE * max(largest, 1.0):
+        raise OutputError(
+            f"{folder} was written, but reopened it is another model: its output differs by {difference:.3g} "
+            f"(largest value {largest:.3g})."
+        )
+    return {"max_logit_difference": difference, "tokens": int(next(iter(inputs.values())).numel())}
+
+
+@torch.inference_mode()
+def _reopen(folder: str, inputs: str, out: str) -> None:
+    import transformers
+
+    architecture = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(folder, dtype="auto").eval()
+    tokens = load_file(inputs)
+    model(**{name: tensor[:, :1] for name, tensor in tokens.items()})  # compressed-tensors makes weights dense here
+    _to_float(model)
+    output = model(**tokens)
+    save_file({"output": main_output(output).float().contiguous()}, out)
+
+
+def _to_float(model: Any) -> None:
+    """Everything in fp32 but scales of packed weights, whose dtype is part of the weights' values."""
+    for module in model.modules():
+        if hasattr(module, "weight_packed"):
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                module._buffers[name] = buffer.float()
+
+
+def main_output(output: Any) -> Tensor:
+    """The logits, or the last hidden states of a model without a head."""
+    tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+if __name__ == "__main__":
+    if sys.argv[4] == "own":
+        import modelzip.weights  # noqa: F401
+    _reopen(*sys.argv[1:4])

@@ -1,0 +1,50 @@
+"""Which modules a pattern names, and which settings a stage has for a module."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from modelzip.checkpoints.errors import RecipeError
+from modelzip.compressors.quantize.settings import QuantizeSettings
+
+from .schema import Stage
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module's whole name fits: a glob (* also goes over dots), or `re:` and a regular expression."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def settings_for(stage: Stage, module_name: str) -> QuantizeSettings | None:
+    """The stage's settings for a module, or None if it is left alone. The last rule that fits wins, field by field."""
+    if any(matches(pattern, module_name) for pattern in stage.ignore):
+        return None
+    skip = False
+    overrides: dict[str, Any] = {}
+    for rule in stage.rules:
+        if matches(rule.match, module_name):
+            skip = rule.skip if "skip" in rule.model_fields_set else skip
+            overrides |= rule.overrides
+    if skip:
+        return None
+    if not overrides:
+        return stage.settings
+    try:
+        return type(stage.settings).model_validate({**stage.settings.model_dump(), **overrides})
+    except ValidationError as error:
+        told = str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
+        raise RecipeError(f"The rules for {module_name} don't go together: {told}.") from None
+
+
+def unmatched(stage: Stage, module_names: Iterable[str]) -> list[str]:
+    """The patterns of `ignore` and of the rules that fit no module, in the order of the recipe."""
+    names = list(module_names)
+    patterns = dict.fromkeys([*stage.ignore, *(rule.match for rule in stage.rules)])
+    return [pattern for pattern in patterns if not any(matches(pattern, name) for name in names)]

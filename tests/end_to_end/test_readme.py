@@ -1,0 +1,164 @@
+"""The README and docs/ are true: their examples run, their links lead somewhere, their options exist.
+
+A page is run from top to bottom in a folder that holds what its examples name: `my-model` (a pico Llama with a byte
+tokenizer), `wiki.txt` and `wiki-test.txt`. By the words behind the language of a fenced block:
+
+    ```bash, ```python            is run, and must end with exit code 0
+    ```bash no-test: REASON       is not run
+    ```yaml FILE                  is written to FILE
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(?P<language>\w*) *(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+VERBS = ("quantize", "run", "evaluate", "methods", "recipe check", "recipe show", "recipe schema")
+NOT_OURS = {"--strict"}  # options of other programs that the pages name
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    note: str
+    body: str
+
+    @property
+    def runs(self) -> bool:
+        return self.language in ("bash", "python") and not self.note.startswith("no-test")
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(**found.groupdict()) for found in BLOCK.finditer(page.read_text(encoding="utf-8"))]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """No network, no user's settings, and the `modelzip` of this interpreter first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    fixed = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "NO_COLOR": "1", "COLUMNS": "200"}
+    return {**os.environ, **fixed, "PATH": path}
+
+
+def text(seed: int, characters: int) -> str:
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(300)]
+    return " ".join(draw.choices(words, k=characters // 4))[:characters]
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers and a tokenizer of one token a byte."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("pico") / "my-model"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE({byte: index + 2 for index, byte in enumerate(alphabet)} | {"<s>": 0, "</s>": 1}, [])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@cache
+def help_text(verb: str) -> str:
+    command = [str(Path(sys.executable).parent / "modelzip"), *verb.split(), "--help"]
+    environ = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=lambda page: page.name
+)
+def test_every_example_of_the_page_runs(page: Path, pico: Path, tmp_path: Path) -> None:
+    (tmp_path / "my-model").symlink_to(pico)
+    (tmp_path / "wiki.txt").write_text(text(0, 80_000), encoding="utf-8")
+    (tmp_path / "wiki-test.txt").write_text(text(1, 40_000), encoding="utf-8")
+    for block in blocks(page):
+        if block.language == "yaml" and block.note:
+            (tmp_path / block.note).write_text(block.body, encoding="utf-8")
+        if block.runs:
+            interpreter = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+            done = subprocess.run(
+                [*interpreter, block.body],
+                cwd=tmp_path,
+                env=environment(tmp_path / "home"),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, f"{block.body}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_example_that_is_not_run_states_a_reason(page: Path) -> None:
+    for block in blocks(page):
+        if block.language in ("bash", "python") and not block.runs:
+            assert re.fullmatch(r"no-test: \w.{10,}", block.note), block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = target.partition("#")
+        if path.startswith("https:"):
+            continue
+        linked = (page.parent / path) if path else page
+        assert linked.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {title.lower().replace(" ", "-") for title in headings}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_named_on_the_page_is_in_the_help_of_some_command(page: Path) -> None:
+    known = set(re.findall(r"--[a-z][a-z-]*[a-z]", " ".join(help_text(verb) for verb in VERBS)))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page.read_text(encoding="utf-8")))
+    assert named - known - NOT_OURS == set()
+
+
+def test_the_readme_begins_with_the_two_commands_that_the_makefile_has() -> None:
+    first = blocks(ROOT / "README.md")[0]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert (ROOT / "README.md").read_text(encoding="utf-8").startswith("```bash")
+    assert [line.split("#")[0].strip() for line in first.body.splitlines()] == ["make demo", "make test"]
+    for page in PAGES:
+        for name in re.findall(r"^make ([a-z -]+?) *(?:#|$)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            assert set(name.split()) <= set(targets), name
+
+
+def test_every_direct_dependency_is_pinned_and_nothing_else() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line.split("==")[0] for line in lines if line and not line.startswith("#")]
+    assert pins == [re.split(r"[<>=~; ]", one)[0] for one in wanted]

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from modelzip.checkpoints.errors import RecipeError
+from modelzip.evaluation.gates import METRICS, metrics
+from modelzip.evaluation.report import (
+    report_json,
+    report_markdown,
+    report_schema,
+    validate,
+    write_report,
+)
+
+ROOT = Path(__file__).parents[2]
+COMMENT_LIMIT = 65_536  # characters in a comment on GitHub
+
+
+def sample(modules: int = 7, fallbacks: int = 1) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "modelzip": "0.1.0",
+        "command": "quantize",
+        "recipe": {"model": "my-model", "stages": [{"quantize": {"method": "gptq", "bits": 4}}]},
+        "source": {"name": "my-model", "sha256": "a" * 64, "revision": None},
+        "output": "my-model-gptq-int4",
+        "plan": {
+            "modules": modules,
+            "bytes_before": 300,
+            "bytes_after": 100,
+            "memory_bytes": 1000,
+            "disk_bytes": 200,
+            "notes": [],
+        },
+        "calibration": {
+            "source": "self",
+            "tokens": 32768,
+            "sha256": "b" * 64,
+            "samples": 64,
+            "seq_len": 512,
+            "seed": 0,
+        },
+        "modules": [
+            {
+                "name": f"model.layers.{index}.mlp.down_proj",
+                "method": "gptq",
+                "bits": 4,
+                "group_size": 64,
+                "shape": [576, 1536],
+                "error": index / 100,
+                "weight_error": 0.1,
+                "note": "",
+            }
+            for index in range(modules)
+        ],
+        "fallbacks": [f"group size 128 does not divide 576 columns of module {index}" for index in range(fallbacks)],
+        "evaluation": {
+            "protocol": {
+                "source": "wiki.txt",
+                "sha256": "c" * 64,
+                "windows": 40,
+                "seq_len": 512,
+                "stride": 512,
+                "bos": False,
+                "dtype": "float32",
+                "tokens": 20440,
+            },
+            "perplexity": {"original": 20.0, "compressed": 25.0},
+            "kl": 0.1234,
+            "top1_agreement": 0.75,
+        },
+        "size": {
+            "bytes_before": 300_000_000,
+            "bytes_after": 100_000_000,
+            "ratio": 3.0,
+            "parameters": 150_000_000,
+            "compressed_parameters": 100_000_000,
+            "bits_per_weight": 4.25,
+            "bits_per_parameter": 5.3,
+        },
+        "verification": {"max_logit_difference": 0.0, "tokens": 64},
+        "time": {"total_s": 83.4, "phases": {"forward_s": 40.0, "solve_s": 30.0}},
+        "peak_memory_mb": 740.0,
+        "environment": {
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+            "compressed_tensors": "0.20.0",
+            "platform": "Linux x86_64",
+            "cpu": "a processor",
+            "device": "cpu",
+            "threads": 2,
+        },
+    }
+
+
+def fields(schema: dict[str, Any], node: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Every field of a JSON schema: its dotted path (`[]` for members of a list) and its description."""
+    for name, field in node["properties"].items():
+        here = f"{path}{name}"
+        yield here, field["description"]
+        for choice in [field, *field.get("anyOf", [])]:
+            for target, mark in ((choice, "."), (choice.get("items", {}), "[].")):
+                if "$ref" in target:
+                    yield from fields(schema, schema["$defs"][target["$ref"].split("/")[-1]], here + mark)
+
+
+def test_a_report_survives_the_way_to_json_and_back() -> None:
+    report = validate(sample())
+    assert validate(json.loads(report_json(report))) == report
+
+
+def test_the_same_report_gives_the_same_bytes_and_no_clock_is_read() -> None:
+    first, second = validate(sample()), validate(sample())
+    assert report_json(first) == report_json(second)
+    assert report_markdown(first) == report_markdown(second)
+    assert "created" not in json.loads(report_json(first))
+    assert "created" not in report_markdown(first)
+
+
+def test_the_creation_time_is_what_the_caller_gave() -> None:
+    report = validate(sample() | {"created": "2026-01-02T03:04:05Z"})
+    assert json.loads(report_json(report))["created"] == "2026-01-02T03:04:05Z"
+    assert "2026-01-02T03:04:05Z" in report_markdown(report)
+
+
+def test_nan_is_written_as_valid_json_and_read_back_as_nan() -> None:
+    data = sample()
+    data["evaluation"]["kl"] = math.nan
+    text = report_json(validate(data)).decode()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    again = json.loads(text, parse_constant=refuse)
+    assert again["evaluation"]["kl"] == "NaN"
+    evaluation = validate(again).evaluation
+    assert evaluation is not None
+    assert evaluation.kl is not None
+    assert math.isnan(evaluation.kl)
+
+
+def test_every_wrong_field_is_named() -> None:
+    data = sample() | {"surprise": 1, "schema_version": 2}
+    del data["size"]["parameters"]
+    with pytest.raises(RecipeError) as caught:
+        validate(data, origin="old/report.json")
+    for word in ("old/report.json", "surprise", "schema_version", "size.parameters"):
+        assert word in str(caught.value)
+
+
+def test_every_metric_of_a_condition_is_a_field_of_a_full_report() -> None:
+    assert set(metrics(json.loads(report_json(validate(sample()))))) == set(METRICS)
+
+
+def test_the_markdown_states_the_headline_numbers_and_the_protocol() -> None:
+    text = report_markdown(validate(sample()))
+    for words in (
+        "300.0 MB | 100.0 MB | 3.00 × smaller",
+        "20.000 | 25.000 | +25.0 %",
+        "0.1234 | nats a token",
+        "75.0 %",
+        "Took 83.4 s and 740 MB",
+        "64 × 512 tokens of `self`, seed 0",
+        "40 × 512 tokens of `wiki.txt`, stride 512, no BOS, float32",
+        "group size 128 does not divide",
+    ):
+        assert words in text
+
+
+def test_the_worst_modules_come_first_and_nan_is_the_worst_of_all() -> None:
+    data = sample(modules=8)
+    data["modules"][2]["error"] = math.nan
+    table = report_markdown(validate(data)).split("Worst 5 of 8 modules:")[1].split("<details>")[0]
+    order = [line.split("layers.")[1].split(".")[0] for line in table.splitlines() if "layers." in line]
+    assert order == ["2", "7", "6", "5", "4"]
+
+
+def test_the_markdown_of_a_large_model_fits_a_comment_and_says_what_it_left_out() -> None:
+    text = report_markdown(validate(sample(modules=3000, fallbacks=3000)))
+    assert len(text) < COMMENT_LIMIT  # measured: 29,364
+    assert "and 2980 more in report.json" in text
+    assert "First 300; all are in report.json." in text
+    assert text.count("<details>") == text.count("</details>") == 4
+
+
+def test_a_report_without_quality_or_original_says_so() -> None:
+    data = sample(modules=0, fallbacks=0) | {"evaluation": None, "calibration": None, "output": None}
+    data["size"] |= {"bytes_before": None, "ratio": None, "bits_per_weight": None}
+    text = report_markdown(validate(data))
+    assert "Quality was not measured" in text
+    assert "Everything went as asked" in text
+    assert "Calibration" not in text
+    assert "Worst" not in text
+
+
+def test_a_pipe_in_a_note_does_not_break_the_table() -> None:
+    data = sample(modules=1)
+    data["modules"][0]["note"] = "a|b"
+    assert "a\\|b" in report_markdown(validate(data))
+
+
+def test_both_files_are_written_and_nothing_else(tmp_path: Path) -> None:
+    report = validate(sample())
+    paths = write_report(tmp_path, report)
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert paths[0].read_bytes() == report_json(report)
+    assert paths[1].read_text(encoding="utf-8") == report_markdown(report)
+
+
+def test_every_field_is_documented_in_the_words_of_the_schema() -> None:
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    schema = report_schema()
+    rows = [f"| `{path}` | {description} |" for path, description in fields(schema, schema)]
+    assert len(rows) > 60
+    assert [row for row in rows if row not in page] == []
+    assert page.count("\n| `") == len(rows) + len(METRICS)
+
+
+def test_reports_and_conditions_need_no_torch() -> None:
+    code = "import sys, modelzip.evaluation.report, modelzip.evaluation.gates; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
