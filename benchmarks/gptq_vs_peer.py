@@ -160,12 +160,16 @@ def tables(found: dict[str, Any]) -> str:
         (name, f"{of['perplexity']:.2f}", f"{of['kl']:.4f}", f"{of['top1_percent']:.1f}", of["disk_mb"])
         for name, of in found["agreement"].items()
     ]
+    named = ", ".join(f"{name} {version}" for name, version in found["peer_versions"].items())
+    peer = (
+        f"Peer: {named}; run in {found['peer_dtype']}: {found['peer_dtype_reason']}." if named else "No peer was run."
+    )
     dense = {f"{of['perplexity_original']:.2f}" for of in found["agreement"].values()}
     lines = [
         f"{cpu['name']}, {cpu['cores']} cores, {', '.join(cpu['features'])}; {rates}; copy "
         f"{found['ceilings']['copy_gb_per_s']} GB/s. Least arithmetic {found['arithmetic_tflop']} TFLOP: "
         f"{found['seconds_at_matrix_rate']} s at the matrix rate.",
-        f"Peer: {found['peer_versions'] or 'none'}, run in {found['peer_dtype']} ({found['peer_dtype_reason']}).",
+        peer,
         table(found["results"]),
         markdown(header, rows),
         f"Perplexity of the original: {', '.join(dense) or 'not measured'}.",

@@ -48,19 +48,21 @@ class Structure:
     left_alone: tuple[tuple[str, str], ...]  # (module or parameter, reason)
 
 
-def skeleton(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def skeleton(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     """The model with parameters on the meta device, real buffers (the persistent ones unset), in eval mode."""
     config_class, model_class = _classes(checkpoint)
     plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     try:
         config = config_class.from_dict(plain)
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = model_class._from_config(config, dtype=dtype)
+            model: transformers.PreTrainedModel = model_class._from_config(config, dtype=dtype)
     except (TypeError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} can't be turned into a {model_class.__name__}: {error}"
         ) from error
-    return model.eval().requires_grad_(False)
+    model.requires_grad_(False)
+    model.train(False)
+    return model
 
 
 def _classes(checkpoint: Checkpoint) -> tuple[Any, Any]:

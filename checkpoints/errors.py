@@ -39,7 +39,7 @@ class MachineError(ModelzipError):
     exit_code = 4
 
 
-class Problems(RecipeError):
+class ProblemsError(RecipeError):
     """Several mistakes found in one go; `sentences` holds one line each."""
 
     def __init__(self, sentences: Sequence[str]) -> None:

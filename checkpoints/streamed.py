@@ -1,9 +1,11 @@
-"""A model whose weights come and go: a skeleton, one block's weights at a time, and matrix products at the CPU's best."""
+"""A model whose weights come and go: a skeleton, one block's weights at a time, matrix products at the CPU's best."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,16 @@ from transformers.pytorch_utils import Conv1D
 
 from .blocks import Block, Structure, find_structure, skeleton
 from .index import Checkpoint
+from .memory import give_back
 from .reader import Decode, NameMap, materialise, move_buffers, release
 from .spill import Spill
 from .walk import Stop, Walk
 
 HEAD_ROWS = 8192
 """Rows of an output head that are cast to the type of the product at once."""
+
+CAST_TOKENS = 512
+"""Tokens that are cast to the type of the product at once: enough for its full speed, and still in the cache."""
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -64,6 +70,7 @@ class StreamedModel:
     def free(self, block: Block) -> None:
         """Take the block's values away."""
         release(self.model, [block.name])
+        give_back()
 
     def linear(self, name: str) -> nn.Linear | Conv1D:
         module = self._modules[name]
@@ -85,8 +92,10 @@ class StreamedModel:
 
     def free_outside(self) -> None:
         """Take away what modules outside the blocks (embeddings, heads, final norms) were given."""
-        release(self.model, sorted(self._outside))
-        self._outside.clear()
+        if self._outside:
+            release(self.model, sorted(self._outside))
+            self._outside.clear()
+            give_back()
 
     def walk(self, batches: Sequence[Mapping[str, Tensor]], *, spill_limit: int, spill_folder: Path | None) -> Walk:
         """The batches' forwards, stopping at every block."""
@@ -106,6 +115,24 @@ class StreamedModel:
                 walk.advance(batch)
         self.free_outside()
         self.free(block)
+
+    def outputs(self, batches: Sequence[Mapping[str, Tensor]]) -> Generator[Any, None, None]:
+        """The forward's output for each batch, one in memory at a time; all go through each block together."""
+        walk = self.walk(batches, spill_limit=sys.maxsize, spill_folder=None)
+        *before, last = self.structure.blocks
+        try:
+            start(walk, self)
+            for block in before:
+                self.through(walk, block)
+            self.load(last)
+            for batch in range(len(walk)):
+                output = walk.advance(batch).output
+                self.free_outside()
+                yield output
+                del output
+        finally:
+            walk.close()
+            self.free(last)
 
     def _load_outside(self, name: str) -> None:
         if name not in self._outside:
@@ -144,9 +171,15 @@ def _product(module: nn.Linear | Conv1D, dtype: torch.dtype) -> Callable[[Tensor
     def forward(x: Tensor) -> Tensor:
         bias = None if module.bias is None else module.bias.to(dtype)
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        if weight.dtype == dtype:
-            return nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+        if weight.dtype == dtype == x.dtype:
+            return nn.functional.linear(x, weight, bias)
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        if weight.dtype == dtype:
+            parts = torch.split(x.reshape(-1, x.shape[-1]), CAST_TOKENS)
+            results = torch.split(out.view(-1, out.shape[-1]), CAST_TOKENS)
+            for part, result in zip(parts, results, strict=True):
+                result.copy_(nn.functional.linear(part.to(dtype), weight, bias))
+            return out
         y = x.to(dtype)
         for begin in range(0, weight.shape[0], HEAD_ROWS):
             rows = slice(begin, begin + HEAD_ROWS)

@@ -17,6 +17,7 @@ from typing import Any
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from .memory import Heap
 from .spill import Spill
 
 
@@ -49,6 +50,7 @@ class Walk:
     ) -> None:
         self._stops: set[str] = set(blocks)
         self._spill = spill
+        self._heap = Heap()
         self._handles = []
         inside = tuple(f"{block}." for block in self._stops)
         for name, module in model.named_modules():
@@ -80,15 +82,19 @@ class Walk:
         self._stops.discard(name)
 
     def advance(self, batch: int) -> Stop:
-        """Let one batch run to its next stop and return it; `output` is set when its forward is through."""
+        """Let one batch run to its next stop and return it; at its forward's end `output` is set, and not kept."""
         self._spill.page_in(batch)
         result = self._walkers[batch].switch()
-        stop = result if isinstance(result, Stop) and not self._walkers[batch].dead else Stop(None, output=result)
-        self.at[batch] = stop
-        if stop.input is not None:
-            self._spill.register(batch, stop.input)
+        self._heap.settle()
+        if self._walkers[batch].dead:
+            self.at[batch] = Stop(None)
+            return Stop(None, output=result)
+        assert isinstance(result, Stop)
+        self.at[batch] = result
+        if result.input is not None:
+            self._spill.register(batch, result.input)
             self._spill.page_out(batch)
-        return stop
+        return result
 
     @contextmanager
     def input(self, batch: int) -> Iterator[Tensor]:

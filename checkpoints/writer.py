@@ -43,7 +43,7 @@ class CheckpointWriter:
     ) -> CheckpointWriter:
         """`fingerprint` stands for everything that the bytes depend on: recipe, source, versions."""
         target = Path(os.path.abspath(target.expanduser()))
-        partial = _sibling(target, "partial")
+        partial = partial_of(target)
         _check_apart(target, source)
         _make_parent(target)
         is_new = not partial.exists()
@@ -203,6 +203,11 @@ class CheckpointWriter:
             if replaces:
                 shutil.rmtree(old, ignore_errors=True)
             sync_folder(self._target)
+
+
+def partial_of(target: Path) -> Path:
+    """The hidden folder in which a run for `target` works. What it puts there is swept away by the next run."""
+    return _sibling(target, "partial")
 
 
 def _sibling(target: Path, suffix: str) -> Path:

@@ -61,7 +61,7 @@ def _evaluate(options: list[Option], values: Mapping[str, Any]) -> None:
     from .show import show_report
 
     with shown_progress() as progress:
-        section_report = evaluate_models(
+        report = evaluate_models(
             str(recipe.model),
             against=values["against"],
             evaluation=recipe.evaluate,
@@ -71,7 +71,7 @@ def _evaluate(options: list[Option], values: Mapping[str, Any]) -> None:
             progress=progress,
         )
     if values["json"]:
-        write_json(section_report)
+        write_json(report)
     else:
-        show_report({"evaluation": section_report})
-    gates.check_gates(conditions, gates.metrics({"evaluation": section_report}))
+        show_report(report)
+    gates.check_gates(conditions, gates.metrics(report))

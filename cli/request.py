@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from modelzip.checkpoints.errors import Problems, RecipeError
+from modelzip.checkpoints.errors import ProblemsError, RecipeError
 from modelzip.evaluation.gates import parse_gates, require_measured
 from modelzip.recipes.files import read_recipe_file
 from modelzip.recipes.load import NOT_RENAMED, parse_recipe
@@ -47,12 +47,12 @@ def recipe_from(options: Sequence[Option], values: Mapping[str, Any], kind: str 
 def checked(
     data: Mapping[str, Any], origin: str, *, renamed: Mapping[str, str] = NOT_RENAMED, least_stages: int = 1
 ) -> Recipe:
-    """The recipe, with its conditions such as `kl > 0.3` checked too. Raises Problems that lists all that is wrong."""
+    """The recipe, with its conditions such as `kl > 0.3` checked too. Raises ProblemsError that lists all mistakes."""
     problems: list[str] = []
     recipe = None
     try:
         recipe = parse_recipe(data, origin, renamed=renamed, least_stages=least_stages)
-    except Problems as error:
+    except ProblemsError as error:
         problems += error.sentences
     section = data.get("evaluate")
     conditions = section.get("fail_if") if isinstance(section, Mapping) else None
@@ -63,7 +63,7 @@ def checked(
         except RecipeError as error:
             problems.append(str(error))
     if recipe is None or problems:
-        raise Problems(problems)
+        raise ProblemsError(problems)
     return recipe
 
 

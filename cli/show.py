@@ -63,6 +63,7 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("perplexity", _number(perplexity.get("original"), ".2f"), _number(perplexity.get("compressed"), ".2f")),
         ("KL to the original, nats a token", "", _number(evaluation.get("kl"), ".4f")),
         ("top-1 agreement", "", _number(evaluation.get("top1_agreement"), ".1%")),
+        ("difference of the last hidden states", "", _number(evaluation.get("hidden_error"), ".4f")),
         ("time, s", "", _number((report.get("time") or {}).get("total_s"), ".0f")),
         ("peak memory, MB", "", _number(report.get("peak_memory_mb"), ",.0f")),
     ]

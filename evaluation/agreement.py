@@ -7,21 +7,22 @@ of one window at a time are compared, and only that window's logits are in memor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modelzip.checkpoints.streamed import StreamedModel, start
-from modelzip.checkpoints.walk import Walk
+from modelzip.checkpoints.streamed import StreamedModel
 
-CHUNK = 64
-"""Tokens whose distributions are compared at once."""
+from .outputs import main_output
 
-GROUP_BYTES = 64 << 20
-"""Hidden states of one model in a group of windows."""
+CHUNK = 16
+"""Tokens whose distributions are compared at once: few, so that they stay in the cache."""
+
+GROUP_BYTES = 24 << 20
+"""Hidden states of one model in a group of windows, unless its blocks are larger: each group reads the model anew."""
 
 
 @dataclass
@@ -61,8 +62,8 @@ class Tally:
                 "original": math.exp(self.loss_original / self.predicted) if against and self.predicted else None,
                 "compressed": math.exp(self.loss / self.predicted) if self.predicted else None,
             },
-            "kl": self.kl / self.tokens if against else None,
-            "top1_agreement": self.same_top / self.tokens if against else None,
+            "kl": self.kl / self.tokens if against and self.tokens else None,
+            "top1_agreement": self.same_top / self.tokens if against and self.tokens else None,
             "tokens": self.tokens,
         }
 
@@ -79,53 +80,47 @@ def measure(
     """Compare two models on windows [n, seq_len]; `original` None measures the perplexity of one alone.
 
     inputs: makes the forward's arguments from windows [1, seq_len]. causal: whether logits predict the next token.
-    report: told how many windows of all are done. Gradients must be off. For models without logits, the relative
-    difference of the last hidden states is given as `hidden_error`.
+    report: told how many windows of all are done. Gradients must be off. For models without logits, `hidden_error` is
+    the relative difference of the last hidden states (or whatever else they give), None without an original.
     """
     models = [compressed] if original is None else [original, compressed]
-    size = max(1, GROUP_BYTES // max(1, windows.shape[1] * _width(compressed) * 4))
+    size = max(1, _group_bytes(compressed) // max(1, windows.shape[1] * _width(compressed) * 4))
     tally, lost, norm = Tally(), 0.0, 0.0
     for begin in range(0, len(windows), size):
         group = windows[begin : begin + size]
-        walks = [_walk(model, group, inputs) for model in models]
+        batches = [inputs(window.unsqueeze(0)) for window in group]
+        streams = [model.outputs(batches) for model in models]
         for batch in range(len(group)):
-            outputs = [_output(model, walk, batch) for model, walk in zip(models, walks, strict=True)]
+            outputs = [next(stream) for stream in streams]  # a zip would keep the last pair while it makes the next
             first = outputs[0] if original is not None else None
             if hasattr(outputs[-1], "logits"):
                 labels = group[batch, 1:].to(compressed.device) if causal else None
                 tally.add(None if first is None else _flat(first.logits), _flat(outputs[-1].logits), labels)
             elif first is not None:
-                lost += float((first.last_hidden_state - outputs[-1].last_hidden_state).double().square().sum())
-                norm += float(first.last_hidden_state.double().square().sum())
+                wanted, found = main_output(first).double(), main_output(outputs[-1]).double()
+                lost += float((wanted - found).square().sum())
+                norm += float(wanted.square().sum())
             del outputs, first
             report(begin + batch + 1, len(windows))
-        for model, walk in zip(models, walks, strict=True):
-            walk.close()
-            model.free(model.structure.blocks[-1])
-    result = tally.result(against=original is not None) if tally.tokens else {"tokens": windows.numel()}
-    return result | ({"hidden_error": math.sqrt(lost / norm)} if norm else {})
+        for stream in streams:
+            stream.close()
+    result = tally.result(against=original is not None)
+    return result | ({} if tally.tokens else {"tokens": windows.numel(), "hidden_error": _relative(lost, norm)})
+
+
+def _relative(lost: float, norm: float) -> float | None:
+    """‖difference‖ / ‖original‖ from the squares; None if nothing was compared."""
+    return math.sqrt(lost / norm) if norm else None
 
 
 def _width(model: StreamedModel) -> int:
     return int(model.model.config.get_text_config().hidden_size)
 
 
+def _group_bytes(model: StreamedModel) -> int:
+    largest = max(sum(math.prod(linear.shape) for linear in block.linears) for block in model.structure.blocks)
+    return max(GROUP_BYTES, 4 * largest)
+
+
 def _flat(logits: Tensor) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])
-
-
-def _walk(model: StreamedModel, group: Tensor, inputs: Callable[[Tensor], Mapping[str, Tensor]]) -> Walk:
-    """The group's forwards, each through its last block but one step from the end."""
-    batches: Sequence[Mapping[str, Tensor]] = [inputs(window.unsqueeze(0)) for window in group]
-    walk = model.walk(batches, spill_limit=1 << 62, spill_folder=None)
-    start(walk, model)
-    for block in model.structure.blocks[:-1]:
-        model.through(walk, block)
-    model.load(model.structure.blocks[-1])
-    return walk
-
-
-def _output(model: StreamedModel, walk: Walk, batch: int) -> Any:
-    output = walk.advance(batch).output
-    model.free_outside()
-    return output

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from modelzip.checkpoints.errors import GateError, Problems, RecipeError
+from modelzip.checkpoints.errors import GateError, ProblemsError, RecipeError
 
 BYTES: Final[Mapping[str, float]] = {
     "B": 1.0,
@@ -43,6 +43,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     "perplexity": Metric(("evaluation", "perplexity", "compressed")),
     "original.perplexity": Metric(("evaluation", "perplexity", "original")),
     "top1_agreement": Metric(("evaluation", "top1_agreement"), SHARE),
+    "hidden_error": Metric(("evaluation", "hidden_error"), SHARE),
     "bytes": Metric(("size", "bytes_after"), BYTES),
     "original.bytes": Metric(("size", "bytes_before"), BYTES),
     "ratio": Metric(("size", "ratio")),
@@ -54,7 +55,9 @@ METRICS: Final[Mapping[str, Metric]] = {
     "fallbacks": Metric(("fallbacks",)),
 }
 
-NEED_ORIGINAL: Final = frozenset({"kl", "top1_agreement", "original.perplexity", "original.bytes", "ratio"})
+NEED_ORIGINAL: Final = frozenset(
+    {"kl", "top1_agreement", "hidden_error", "original.perplexity", "original.bytes", "ratio"}
+)
 
 OPERATORS: Final[Mapping[str, Callable[[float, float], bool]]] = {
     ">": operator.gt,
@@ -127,7 +130,7 @@ def parse_gate(text: str) -> Gate:
 
 
 def parse_gates(texts: Iterable[str]) -> tuple[Gate, ...]:
-    """Read all conditions. Raises Problems that lists every one that is wrong."""
+    """Read all conditions. Raises ProblemsError that lists every one that is wrong."""
     gates: list[Gate] = []
     problems: list[str] = []
     for text in texts:
@@ -136,12 +139,12 @@ def parse_gates(texts: Iterable[str]) -> tuple[Gate, ...]:
         except RecipeError as error:
             problems.append(str(error))
     if problems:
-        raise Problems(problems)
+        raise ProblemsError(problems)
     return tuple(gates)
 
 
 def require_measured(gates: Sequence[Gate], *, evaluation: bool, original: bool = True) -> None:
-    """Refuse, before any work is done, conditions on what won't be measured. Raises Problems that lists them all.
+    """Refuse, before any work is done, conditions on what won't be measured. Raises ProblemsError that lists them all.
 
     evaluation: whether quality is measured. original: whether there is an original to compare with.
     """
@@ -154,7 +157,7 @@ def require_measured(gates: Sequence[Gate], *, evaluation: bool, original: bool 
         elif compared and not original:
             problems.append(f'The condition "{gate.text}" needs {compared[0]}, but no original is named.')
     if problems:
-        raise Problems(problems)
+        raise ProblemsError(problems)
 
 
 def metrics(report: Mapping[str, Any]) -> dict[str, float]:

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelzip.checkpoints.errors import RecipeError
 from pydantic import ValidationError
+
+from modelzip.checkpoints.errors import RecipeError
 
 from .schema import Module, Report
 
@@ -86,12 +87,17 @@ def _headline(report: Report) -> str:
     rows.append(("Bits a parameter, whole model", "", f"{size.bits_per_parameter:.2f}", ""))
     if evaluation:
         original, compressed = evaluation.perplexity.original, evaluation.perplexity.compressed
-        change = f"{100 * (compressed / original - 1):+.1f} %" if original else ""
-        rows.append(("Perplexity", _number(original, ".3f"), _number(compressed, ".3f"), change))
+        if compressed is not None:
+            change = f"{100 * (compressed / original - 1):+.1f} %" if original else ""
+            rows.append(("Perplexity", _number(original, ".3f"), _number(compressed, ".3f"), change))
         if evaluation.kl is not None:
             rows.append(("KL to the original", "", _number(evaluation.kl, ".4f"), "nats a token"))
         if evaluation.top1_agreement is not None:
             rows.append(("Top-1 agreement", "", _number(100 * evaluation.top1_agreement, ".1f") + " %", ""))
+        if evaluation.hidden_error is not None:
+            rows.append(
+                ("Difference of the last hidden states", "", _number(evaluation.hidden_error, ".4f"), "relative")
+            )
     return _table(("", "original", "compressed", ""), rows)
 
 

@@ -78,9 +78,17 @@ class Perplexity(Section):
 class EvaluationResult(Section):
     protocol: Protocol = Field(description="How it was measured; figures compare only under the same protocol")
     perplexity: Perplexity = Field(description="exp of the mean negative log-likelihood a token")
-    kl: float | None = Field(description="Mean KL(original ‖ compressed), nats a token; null without an original")
+    kl: float | None = Field(
+        description="Mean KL(original ‖ compressed), nats a token; null without an original or logits"
+    )
     top1_agreement: float | None = Field(
-        description="Share of tokens (0 to 1) where both models rank the same token first; null without an original"
+        description="Share of tokens (0 to 1) where both models rank the same token first; null without an original "
+        "or logits"
+    )
+    hidden_error: float | None = Field(
+        None,
+        description="Relative difference of the last hidden states, Frobenius norm; null for models with logits, and "
+        "without an original",
     )
 
 

@@ -29,8 +29,8 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         told = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{checkpoint.source} has no tokenizer that transformers can open ({told}): add the tokenizer files, or use "
-            "--calibration self."
+            f"{checkpoint.source} has no tokenizer that transformers can open ({told}): add the tokenizer files, or "
+            "use --calibration self."
         ) from None
 
 
@@ -53,9 +53,18 @@ def is_causal(model: Any) -> bool:
 
 
 def calibration_windows(
-    calibration: Calibration, checkpoint: Checkpoint, model: Any, *, seed: int, held_back: int
+    calibration: Calibration,
+    checkpoint: Checkpoint,
+    model: Any,
+    *,
+    seed: int,
+    held_back: int,
+    device: torch.device,
 ) -> tuple[Windows, Windows | None]:
-    """The windows to calibrate on, and up to `held_back` further ones of the same source (None if there are none)."""
+    """The windows to calibrate on, and up to `held_back` further ones of the same source (None if there are none).
+
+    The former don't depend on `held_back`. device: where the model writes, if it is its own source.
+    """
     if calibration.seq_len > (limit := longest(model)):
         raise CalibrationError(f"--seq-len is {calibration.seq_len}, but the model takes at most {limit} tokens.")
     samples, seq_len = calibration.samples, calibration.seq_len
@@ -67,21 +76,22 @@ def calibration_windows(
             writes=is_causal(model),
             vocabulary=vocabulary,
             excluded=_special(model.config),
-            count=samples + extra,
+            counts=[samples, extra],
             seq_len=seq_len,
             seed=seed,
+            device=device,
         )
-        used, kept = every.tokens[:samples], every.tokens[samples:]
-        return Windows(used, every.source, 0), Windows(kept, f"{every.source}, held back", 0) if extra else None
-    tokenizer = tokenizer_of(checkpoint)
-    where = {"field": calibration.field, "split": calibration.split, "seq_len": seq_len}
-    windows = read_windows(calibration.source, tokenizer, count=samples, **where)  # type: ignore[arg-type]
-    if not held_back:
-        return windows, None
-    kept_back = read_windows(calibration.source, tokenizer, count=held_back, skip=samples, least=0, **where)  # type: ignore[arg-type]
-    if len(kept_back.tokens) == 0:
-        return windows, None
-    return windows, Windows(kept_back.tokens, f"{calibration.source}, held back from calibration", kept_back.spare)
+        return every.split(samples, rest=f"{every.source}, held back")
+    every = read_windows(
+        calibration.source,
+        tokenizer_of(checkpoint),
+        field=calibration.field,
+        split=calibration.split,
+        count=samples + held_back,
+        seq_len=seq_len,
+        least=samples,
+    )
+    return every.split(samples, rest=f"{calibration.source}, held back from calibration")
 
 
 def evaluation_windows(evaluation: Evaluation, checkpoint: Checkpoint, model: Any) -> Windows:
@@ -126,4 +136,4 @@ def _special(config: Any) -> frozenset[int]:
 
 def batches(windows: Tensor, size: int, inputs: Callable[[Tensor], Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
     """The forward's arguments for each batch of `size` windows."""
-    return [inputs(part.to(torch.int64)) for part in windows.split(size)]
+    return [inputs(part.to(torch.int64)) for part in torch.split(windows, size)]

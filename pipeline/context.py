@@ -1,14 +1,18 @@
-"""What all parts of one run share."""
+"""What the parts of one run share."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.schema import Recipe
 
 from .clock import Clock
+from .plan import Plan
 from .progress import Progress
 
 
@@ -21,3 +25,20 @@ class Context:
     fingerprint: str
     clock: Clock
     progress: Progress
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has been planned. started: time.perf_counter() at its start."""
+
+    context: Context
+    checkpoint: Checkpoint
+    plans: list[Plan]
+    output: Path
+    started: float
+
+    @property
+    def between(self) -> list[Path]:
+        """The hidden folders beside the output to which all stages but the last write."""
+        whole = Path(os.path.abspath(self.output))
+        return [whole.with_name(f".{whole.name}.stage{number}") for number in range(1, len(self.plans))]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-PANEL = 256
+PANEL = 128
 """Columns of a panel: only panels on and under the diagonal are computed."""
 
 
@@ -23,11 +22,11 @@ def accumulate(total: Tensor, inputs: Tensor) -> int:
 
 
 def finish(total: Tensor, tokens: int) -> Tensor:
-    """The mean over tokens, with the upper half filled from the lower."""
+    """The mean over tokens, with the upper half filled from the lower; `total` is used up."""
     if tokens == 0:
         return total
-    lower = torch.tril(total) / tokens
-    return lower + torch.tril(lower, -1).T
+    total.tril_().div_(tokens)
+    return total.add_(total.tril(-1).T)
 
 
 def relative_error(weight: Tensor, dense: Tensor, hessian: Tensor) -> float:

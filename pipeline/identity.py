@@ -29,9 +29,13 @@ def header_hash(checkpoint: Checkpoint) -> str:
 
 
 def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
-    """SHA-256 of all that the output's bytes depend on: recipe, input (its files' sizes and times too), versions."""
+    """SHA-256 of all that the output's bytes depend on: recipe, input (its files' sizes and times too), versions.
+
+    Files beside the weights count too: the tokenizer makes the calibration tokens, and all of them are carried along.
+    """
     data = {key: value for key, value in recipe_data(recipe).items() if key not in NOT_IN_THE_BYTES}
-    files = sorted({info.file for info in checkpoint.tensors.values()})
+    weights = {info.file for info in checkpoint.tensors.values()}
+    files = sorted(weights | {checkpoint.folder / path for path in checkpoint.side_files})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     source = recipe.calibration.source
     if Path(source).is_file():

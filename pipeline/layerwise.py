@@ -3,7 +3,7 @@
 Calibration batches wait in front of a linear (see `checkpoints.walk`); the engine sums their Hessian, compresses the
 weight, exchanges it, and lets them go on to the next linear. So every linear is compressed for the inputs that it will
 really see, also inside a block, and the whole costs one forward pass. Linears that are handed the same tensor (q, k, v;
-gate, up) share the Hessian and what the method prepares from it.
+gate, up) share the Hessian and what the method prepares from it, and one stop.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from modelzip.checkpoints.blocks import Block, Linear
 from modelzip.checkpoints.errors import CheckpointError, ModelzipError
 from modelzip.checkpoints.index import DTYPES
+from modelzip.checkpoints.memory import Heap
 from modelzip.checkpoints.streamed import StreamedModel, start
 from modelzip.checkpoints.walk import Walk
 from modelzip.checkpoints.writer import CheckpointWriter
@@ -31,6 +32,9 @@ from modelzip.weights.affine import Affine
 from .clock import Clock
 from .hessian import accumulate, finish, relative_error
 from .progress import Progress
+
+COMPRESSING_SLACK = 24 << 20
+"""Idle bytes that may stay while a weight is compressed, which is when most is in use."""
 
 MOST_FALLBACKS = 0.1
 """Share of modules that may fall back to rounding; more is an error, since that isn't the method asked for."""
@@ -50,7 +54,6 @@ class Job:
 class _Shared:
     """The Hessian of one input tensor and what methods prepared from it, for the linears it is handed to."""
 
-    inputs: dict[int, Tensor | None]
     hessian: Tensor
     tokens: int
     prepared: dict[QuantizeSettings, Any] = field(default_factory=dict)
@@ -151,6 +154,7 @@ class _BlockWork:
 
     def __init__(self, job: Job, streamed: StreamedModel, walk: Walk, clock: Clock) -> None:
         self._job, self._streamed, self._walk, self._clock = job, streamed, walk, clock
+        self._heap = Heap(COMPRESSING_SLACK)
         self.done: dict[str, Affine] = {}
         self.records: dict[str, dict[str, Any]] = {}
 
@@ -159,9 +163,8 @@ class _BlockWork:
         place = {linear.name: number for number, linear in enumerate(wanted)}
         by_name = {linear.name: linear for linear in wanted}
         self._walk.stop_at(place)
-        shared: _Shared | None = None
         moving = [b for b in range(len(self._walk)) if self._walk.at[b].module == block.name]
-        while moving:
+        while len(self.done) < len(wanted):
             begin = time.perf_counter()
             for batch in moving:
                 self._walk.advance(batch)
@@ -172,25 +175,35 @@ class _BlockWork:
                 break
             name = min(here.values(), key=lambda module: place[str(module)])
             moving = [batch for batch, module in here.items() if module == name]
-            linear = by_name[str(name)]
-            shared = self._statistics(linear, moving, shared)
-            self._compress(linear, shared)
-            self._walk.pass_by(linear.name)
-            if len(self.done) == len(wanted):
-                return
+            shared = self._statistics(by_name[str(name)], moving)
+            self._compress(by_name[str(name)], shared)
+            if shared is not None and len(self.done) < len(wanted):
+                self._siblings(by_name, moving.pop(0), shared)
         for linear in wanted:
             if linear.name not in self.done:
                 self._compress(linear, None)
-                self._walk.pass_by(linear.name)
 
-    def _statistics(self, linear: Linear, batches: list[int], previous: _Shared | None) -> _Shared | None:
+    def _siblings(self, by_name: Mapping[str, Linear], scout: int, shared: _Shared) -> None:
+        """Compress the linears that are handed the very tensor that `shared` was gathered from.
+
+        One batch runs ahead to find them; the others then needn't wait there with what the first linear put out.
+        """
+        seen = self._walk.at[scout].input
+        while True:
+            begin = time.perf_counter()
+            here = self._walk.advance(scout)
+            self._streamed.free_outside()
+            self._clock.add("forward", begin)
+            linear = by_name.get(here.module or "")
+            if linear is None or here.input is not seen:
+                return
+            self._compress(linear, shared)
+
+    def _statistics(self, linear: Linear, batches: list[int]) -> _Shared | None:
         if not self._method(linear).hessian:
             return None
         begin = time.perf_counter()
-        inputs = {batch: self._walk.at[batch].input for batch in batches}
-        if previous is not None and previous.inputs.keys() == inputs.keys():
-            if all(inputs[batch] is previous.inputs[batch] for batch in inputs):
-                return previous
+        self._heap.settle()
         width = linear.shape[1]
         total = torch.zeros(width, width, dtype=torch.float32, device=self._streamed.device)
         tokens = 0
@@ -198,7 +211,7 @@ class _BlockWork:
             with self._walk.input(batch) as tensor:
                 tokens += accumulate(total, tensor)
         self._clock.add("hessian", begin)
-        return _Shared(inputs, finish(total, tokens), tokens)
+        return _Shared(finish(total, tokens), tokens)
 
     def _compress(self, linear: Linear, shared: _Shared | None) -> None:
         begin = time.perf_counter()
@@ -239,6 +252,7 @@ class _BlockWork:
         }
         if self._job.propagate == "compressed":
             self._streamed.replace(linear.name, dense)
+        self._walk.pass_by(linear.name)
         self._clock.add("solve", begin)
 
     def _method(self, linear: Linear) -> LayerMethod:
@@ -264,6 +278,6 @@ def _check_fallbacks(job: Job, writer: CheckpointWriter) -> None:
     if len(fallen) > MOST_FALLBACKS * len(job.targets):
         name, reason = fallen[0]
         raise ModelzipError(
-            f"{len(fallen)} of {len(job.targets)} modules would have been rounded to nearest instead, the first {name}: "
-            f"{reason}; give more calibration data (--samples), or choose --method rtn."
+            f"{len(fallen)} of {len(job.targets)} modules would have been rounded to nearest instead, the first "
+            f"{name}: {reason}; give more calibration data (--samples), or choose --method rtn."
         )

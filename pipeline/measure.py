@@ -12,7 +12,7 @@ from torch import Tensor
 from modelzip.checkpoints.errors import CheckpointError, MachineError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.reader import Decode
-from modelzip.checkpoints.streamed import StreamedModel, start
+from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.evaluation.agreement import measure
 from modelzip.weights.layouts import MODELZIP, decoder
 
@@ -89,12 +89,7 @@ def reopen(result: Checkpoint, *, seed: int, device: torch.device) -> tuple[dict
     vocabulary = streamed.model.config.get_text_config().vocab_size
     window = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
     inputs = dict(forward_inputs(streamed.model)(window))
-    walk = streamed.walk([inputs], spill_limit=1 << 62, spill_folder=None)
-    start(walk, streamed)
-    for block in streamed.structure.blocks:
-        streamed.through(walk, block)
-    expected = main_output(walk.at[0].output)
-    walk.close()
+    expected = main_output(next(streamed.outputs([inputs])))
     config = result.quantization or {}
     return verify(result.folder, inputs, expected, own_layout=config.get("quant_method") == MODELZIP), []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,21 +12,20 @@ import psutil
 import torch
 
 from modelzip.checkpoints.blocks import Linear, Structure, find_structure, skeleton
-from modelzip.checkpoints.errors import CheckpointError, MachineError, Problems
+from modelzip.checkpoints.errors import CheckpointError, MachineError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.compressors.quantize.methods import METHODS
 from modelzip.compressors.quantize.settings import QuantizeSettings
-from modelzip.kernels.bitpack import packed_words
-from modelzip.recipes.match import settings_for, unmatched
+from modelzip.recipes.match import matches, settings_for, unmatched
 from modelzip.recipes.schema import Recipe, Stage
-from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, Scheme, decoder, portable, stored_scheme
+from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, Scheme, decoder, stored_scheme
+
+from .grids import fit_group, packed_bytes, scheme_of
+from .portable import choose_layout
 
 BASE_BYTES: Final = 420 << 20
 """Python, torch and transformers in memory."""
-
-SMALLEST_GROUP: Final = 16
-"""Group sizes that replace one that doesn't divide are powers of two from here up: the ones that engines take."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,10 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage, checked. Sizes are of all weights, in bytes; memory and disk are what the run will need."""
+    """One stage, checked. Sizes are of all weights, in bytes; memory and disk are what the run will need.
+
+    A later stage's disk holds what the one before it wrote, too.
+    """
 
     source: str
     output: Path
@@ -76,21 +78,23 @@ class Plan:
 
 
 def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan]:
-    """A plan for each stage, the later ones on what the earlier ones leave. Raises Problems with all that is wrong,
+    """A plan for each stage, the later ones on what the earlier ones leave. Raises ProblemsError with all mistakes,
     CheckpointError if the model can't be compressed, MachineError if memory or disk don't suffice."""
     model = skeleton(checkpoint)
     names = NameMap(model, checkpoint)
     structure = find_structure(model, checkpoint, names=names)
-    done = _compressed_already(checkpoint, structure, names)
+    in_input = done = _compressed_already(checkpoint, structure, names)
     before = checkpoint.nbytes
     plans: list[Plan] = []
     problems: list[str] = []
     for number, stage in enumerate(recipe.stages):
         where = f"stages[{number}].{stage.kind}" if len(recipe.stages) > 1 else stage.kind
-        modules = _modules(stage, structure, checkpoint, done=done, where=where, problems=problems)
-        done = {**done, **{module.name: _scheme(module) for module in modules}}
+        modules = _modules(stage, structure, checkpoint, done=done, in_input=in_input, where=where, problems=problems)
+        done = {**done, **{module.name: scheme_of(module.settings, module.shape) for module in modules}}
         after = before - sum(m.bytes_before for m in modules) + sum(m.bytes_after for m in modules)
-        layout, layout_note = _layout(stage, done, structure, where=where, problems=problems)
+        layout, layout_note = _layout(
+            stage, done, structure, checkpoint=checkpoint, names=names, where=where, problems=problems
+        )
         needs_data = any(METHODS[type(module.settings)].hessian for module in modules)
         plan = Plan(
             source=checkpoint.source,
@@ -101,7 +105,7 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
             bytes_before=before,
             bytes_after=after,
             memory_bytes=_memory(recipe, checkpoint, structure, model.config, needs_data=needs_data),
-            disk_bytes=after,
+            disk_bytes=after + (before if number else 0),
             needs_data=needs_data,
             propagate=getattr(stage.settings, "propagate", "compressed"),
             notes=(*layout_note, *_notes(structure, modules)),
@@ -114,17 +118,20 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
         plans.append(plan)
         before = after
     if problems:
-        raise Problems(problems)
+        raise ProblemsError(problems)
     return plans
 
 
-def check_machine(plan: Plan) -> None:
-    """Raise MachineError if the disk or the memory that the plan needs isn't there."""
+def check_machine(plan: Plan, *, written: int = 0) -> None:
+    """Raise MachineError if the disk or the memory that the plan needs isn't there.
+
+    written: bytes of the output that an interrupted run has put on the disk.
+    """
     parent = next(folder for folder in (plan.output.absolute(), *plan.output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
-    if free < plan.disk_bytes:
+    if free < (needed := plan.disk_bytes - written):
         raise MachineError(
-            f"The output needs {plan.disk_bytes / 1e6:,.0f} MB and {parent} has {free / 1e6:,.0f} MB free: "
+            f"The output needs {needed / 1e6:,.1f} MB and {parent} has {free / 1e6:,.1f} MB free: "
             "make room, or name another place with --output."
         )
     available = psutil.virtual_memory().available
@@ -160,6 +167,7 @@ def _modules(
     checkpoint: Checkpoint,
     *,
     done: Mapping[str, Scheme],
+    in_input: Container[str],
     where: str,
     problems: list[str],
 ) -> list[ModulePlan]:
@@ -175,11 +183,11 @@ def _modules(
         if linear.name in done:
             again.append(linear.name)
             continue
-        fitted, note = _fit_group(settings, linear.shape[1])
+        fitted, note = fit_group(settings, linear.shape[1])
         if note and settings.strict_groups:
             misfits.append(f"{linear.name} has {linear.shape[1]} columns")
         before = checkpoint.tensors[linear.tensor].nbytes
-        after = _bytes(linear, fitted, checkpoint)
+        after = packed_bytes(linear, fitted, checkpoint)
         modules.append(
             ModulePlan(
                 linear.name,
@@ -195,9 +203,10 @@ def _modules(
             )
         )
     if again:
+        by_whom = "in the input" if again[0] in in_input else "by an earlier stage"
         problems.append(
-            f"{where}: {again[0]}{_others(again)} is already quantized: give the original model, or leave what is "
-            "compressed out with --ignore."
+            f"{where}: {again[0]}{_others(again)} is already quantized {by_whom}: give the original model, or leave "
+            "what is compressed out with --ignore."
         )
     elif not modules:
         problems.append(f"{where}: nothing is left to compress: all {len(linears)} linears are ignored or skipped.")
@@ -213,7 +222,7 @@ def _patterns(stage: Stage, linears: list[str], structure: Structure, *, where: 
     left_alone = dict(structure.left_alone)
     sentences = []
     for pattern in unmatched(stage, linears):
-        elsewhere = unmatched_but_known(pattern, left_alone, stage)
+        elsewhere = next((name for name in left_alone if matches(pattern, name)), None)
         if elsewhere:
             if pattern not in stage.ignore:
                 sentences.append(
@@ -227,73 +236,33 @@ def _patterns(stage: Stage, linears: list[str], structure: Structure, *, where: 
     return sentences
 
 
-def unmatched_but_known(pattern: str, left_alone: Iterable[str], stage: Stage) -> str | None:
-    """The first of the modules that are left alone anyway which the pattern names."""
-    from modelzip.recipes.match import matches
-
-    return next((name for name in left_alone if matches(pattern, name)), None)
-
-
 def _others(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _fit_group(settings: QuantizeSettings, columns: int) -> tuple[QuantizeSettings, str]:
-    """The settings with a group size that divides the columns, and what was changed."""
-    size = settings.group_size
-    if not isinstance(size, int) or columns % size == 0:
-        return settings, ""
-    fitting = [
-        1 << power for power in range(4, 16) if SMALLEST_GROUP <= 1 << power < size and columns % (1 << power) == 0
-    ]
-    chosen: int | str = max(fitting) if fitting else "channel"
-    return settings.model_copy(update={"group_size": chosen}), f"group {size} doesn't divide {columns} columns"
-
-
-def _scheme(module: ModulePlan) -> Scheme:
-    size = module.settings.group_size
-    if isinstance(size, int) and size < module.shape[1]:
-        return Scheme(module.bits, "group", size, module.settings.symmetric)
-    strategy = "tensor" if size == "tensor" and module.shape[0] > 1 else "channel"
-    return Scheme(module.bits, strategy, None, module.settings.symmetric)
-
-
-def _bytes(linear: Linear, settings: QuantizeSettings, checkpoint: Checkpoint) -> int:
-    """Bytes of the packed weight, scales, zero points and shape."""
-    rows, columns = linear.shape
-    info = checkpoint.tensors[linear.tensor]
-    scale_bytes = min(4, info.nbytes // (rows * columns))
-    size = settings.group_size
-    groups = columns // size if isinstance(size, int) else 1
-    scales = 1 if size == "tensor" else rows * groups
-    zeros = 0
-    if not settings.symmetric:
-        zeros = 1 if size == "tensor" else 4 * packed_words(rows, settings.bits) * groups
-    return 4 * rows * packed_words(columns, settings.bits) + scales * scale_bytes + zeros + 16
-
-
 def _layout(
-    stage: Stage, done: Mapping[str, Scheme], structure: Structure, *, where: str, problems: list[str]
+    stage: Stage,
+    done: Mapping[str, Scheme],
+    structure: Structure,
+    *,
+    checkpoint: Checkpoint,
+    names: NameMap,
+    where: str,
+    problems: list[str],
 ) -> tuple[str, list[str]]:
-    transposed = any(linear.transposed for block in structure.blocks for linear in block.linears if linear.name in done)
-    holds = portable(done.values(), transposed=transposed)
-    asked = stage.settings.layout
-    if asked == COMPRESSED_TENSORS and not holds:
-        problems.append(
-            f"{where}: compressed-tensors holds 2, 4 and 8 bits in plain linears only; leave out --layout, or choose "
-            "modelzip."
-        )
-    if asked != "auto":
-        return asked, []
-    if holds:
-        return COMPRESSED_TENSORS, []
-    return MODELZIP, ["the result is written in modelzip's own layout: opening it needs `import modelzip.weights`"]
+    layout, reason = choose_layout(stage.settings.layout, done, structure, checkpoint=checkpoint, names=names)
+    if reason and layout == COMPRESSED_TENSORS:
+        problems.append(f"{where}: {reason}; leave out --layout, or choose modelzip.")
+    if layout == MODELZIP:
+        why = f" ({reason})" if reason else ""
+        return layout, [f"the result is in modelzip's own layout{why}: opening it needs `import modelzip.weights`"]
+    return layout, []
 
 
 def _memory(recipe: Recipe, checkpoint: Checkpoint, structure: Structure, config: Any, *, needs_data: bool) -> int:
     """Bytes the run will need: the interpreter, the largest block in fp32 twice, and what waiting batches hold."""
-    blocks = [sum(4 * l.shape[0] * l.shape[1] for l in block.linears) for block in structure.blocks]
-    widest = max((max(l.shape) for block in structure.blocks for l in block.linears), default=0)
+    blocks = [sum(4 * one.shape[0] * one.shape[1] for one in block.linears) for block in structure.blocks]
+    widest = max((max(one.shape) for block in structure.blocks for one in block.linears), default=0)
     rest = max((info.nbytes for info in checkpoint.tensors.values()), default=0)
     needed = BASE_BYTES + 2 * max(blocks, default=0) + rest + 12 * widest * widest
     if needs_data:

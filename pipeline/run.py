@@ -19,19 +19,18 @@ from modelzip.evaluation.report import report_json, validate, write_report
 from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Evaluation, Recipe
 
-from .calibrate import calibration_windows, evaluation_windows
+from .calibrate import calibration_windows, evaluation_windows, is_causal
+from .checks import check_comparable, check_predicts, check_room, report_of
 from .clock import Clock
-from .context import Context
+from .context import Context, Run
 from .environment import environment, package_version, peak_memory_mb
-from .identity import PROVENANCE, fingerprint_of, header_hash, provenance_of, read_provenance
+from .identity import fingerprint_of, header_hash, provenance_of, read_provenance
 from .measure import evaluation_section, open_streamed, pick_device, reopen
-from .sections import calibration_section, module_rows, plan_summary, size_section
-from .plan import Plan, check_machine, make_plans
+from .plan import Plan, make_plans
 from .progress import Progress
+from .sections import calibration_section, module_rows, plan_summary, size_section
 from .stage import run_stage
 from .text import Windows, check_source
-
-REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,6 @@ class Result:
 
     folder: Path
     report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A run that has been planned."""
-
-    context: Context
-    checkpoint: Checkpoint
-    plans: list[Plan]
-    output: Path
-    started: float
 
 
 def plan_recipe(recipe: Recipe, *, output: Path) -> list[Plan]:
@@ -75,36 +63,41 @@ def run_recipe(
     _check_data(recipe)
     plans = make_plans(recipe, checkpoint, output=output)
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
-    run = _Run(context, checkpoint, plans, output, started)
-    finished = read_provenance(output, context.fingerprint) if resume else None
-    if finished is not None and (output / REPORT).exists():
+    run = Run(context, checkpoint, plans, output, started)
+    model = open_streamed(checkpoint, recipe.dtype, device).model
+    check_predicts(gates, model, checkpoint)
+    is_finished = resume and read_provenance(output, context.fingerprint) is not None
+    if is_finished and (report := report_of(run)) is not None:
         progress.say(f"{output} is finished already; this is its report.")
-        return Result(output, json.loads((output / REPORT).read_text()))
-    if finished is None:
-        for plan in plans:
-            check_machine(plan)
-            for note in plan.notes:
-                progress.say(note)
+        return Result(output, report)
+    if not is_finished:
+        check_room(run, overwrite=overwrite, resume=resume)
     with torch.no_grad():
-        calibration, kept = _windows(run, compresses=finished is None)
-        if finished is None:
+        calibration, kept = _windows(run, model)
+        if not is_finished:
             _stages(run, calibration, overwrite=overwrite, resume=resume)
+        for folder in run.between:
+            shutil.rmtree(folder, ignore_errors=True)
         return _measured(run, calibration, kept)
 
 
-def _windows(run: _Run, *, compresses: bool) -> tuple[Windows | None, Windows | None]:
+def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:
     """The tokens to calibrate on and those to evaluate on; None where none are needed or there are none."""
     recipe = run.context.recipe
     begin = time.perf_counter()
     held_back = recipe.evaluate.windows if recipe.evaluate.enabled and recipe.evaluate.data is None else 0
     calibration: Windows | None = None
     kept: Windows | None = None
-    model = open_streamed(run.checkpoint, recipe.dtype, run.context.device).model
-    if held_back or (compresses and any(plan.needs_data for plan in run.plans)):
-        if recipe.calibration.source == "self":
+    if held_back or any(plan.needs_data for plan in run.plans):
+        if recipe.calibration.source == "self" and is_causal(model):
             run.context.progress.say("the model writes its own calibration text")
         calibration, kept = calibration_windows(
-            recipe.calibration, run.checkpoint, model, seed=recipe.seed, held_back=held_back
+            recipe.calibration,
+            run.checkpoint,
+            model,
+            seed=recipe.seed,
+            held_back=held_back,
+            device=run.context.device,
         )
     if recipe.evaluate.enabled and recipe.evaluate.data is not None:
         kept = evaluation_windows(recipe.evaluate, run.checkpoint, model)
@@ -112,14 +105,12 @@ def _windows(run: _Run, *, compresses: bool) -> tuple[Windows | None, Windows | 
     return calibration, kept
 
 
-def _stages(run: _Run, calibration: Windows | None, *, overwrite: bool, resume: bool) -> None:
-    """Run the stages; all but the last write to hidden folders beside the output, which are removed at the end."""
+def _stages(run: Run, calibration: Windows | None, *, overwrite: bool, resume: bool) -> None:
+    """Run the stages; all but the last write to hidden folders beside the output."""
     source = run.checkpoint
-    between: list[Path] = []
     records: dict[str, Any] = {}
-    for number, plan in enumerate(run.plans):
-        is_last = number == len(run.plans) - 1
-        target = run.output if is_last else run.output.with_name(f".{run.output.name}.stage{number + 1}")
+    for plan, target in zip(run.plans, [*run.between, run.output], strict=True):
+        is_last = target == run.output
         earlier = read_provenance(target, run.context.fingerprint) if resume and not is_last else None
         if earlier is None:
             records |= run_stage(
@@ -127,7 +118,7 @@ def _stages(run: _Run, calibration: Windows | None, *, overwrite: bool, resume: 
                 source,
                 target=target,
                 windows=calibration if plan.needs_data else None,
-                describe=_describer(run, records),
+                describe=_describer(run, dict(records)),
                 overwrite=overwrite or not is_last,
                 resume=resume,
                 context=run.context,
@@ -135,20 +126,17 @@ def _stages(run: _Run, calibration: Windows | None, *, overwrite: bool, resume: 
         else:
             records |= earlier["modules"]
         if not is_last:
-            between.append(target)
             source = Checkpoint.open(str(target))
-    for folder in between:
-        shutil.rmtree(folder)
 
 
-def _describer(run: _Run, earlier: dict[str, Any]) -> Callable[[dict[str, Any]], bytes]:
+def _describer(run: Run, earlier: dict[str, Any]) -> Callable[[dict[str, Any]], bytes]:
     """A function from a stage's module records to the bytes of modelzip.json, with those of earlier stages."""
     return lambda found: provenance_of(
         run.context.recipe, run.checkpoint, run.context.fingerprint, {**earlier, **found}
     )
 
 
-def _measured(run: _Run, calibration: Windows | None, kept: Windows | None) -> Result:
+def _measured(run: Run, calibration: Windows | None, kept: Windows | None) -> Result:
     """Reopen the output, measure it, and put the report beside it."""
     result = Checkpoint.open(str(run.output))
     begin = time.perf_counter()
@@ -231,8 +219,12 @@ def evaluate_models(
     where = pick_device(device)
     checkpoint = Checkpoint.open(model, revision=revision if against is None else None)
     original = None if against is None else Checkpoint.open(against, revision=revision)
+    if original is not None:
+        check_comparable(checkpoint, original)
     with torch.no_grad():
-        windows = evaluation_windows(evaluation, checkpoint, open_streamed(checkpoint, dtype, where).model)
+        network = open_streamed(checkpoint, dtype, where).model
+        check_predicts(gates, network, checkpoint)
+        windows = evaluation_windows(evaluation, checkpoint, network)
         section = evaluation_section(checkpoint, original, windows, dtype=dtype, device=where, progress=progress)
     report = {
         "modelzip": package_version("modelzip"),

@@ -11,7 +11,7 @@ import psutil
 from torch import nn
 
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.writer import CheckpointWriter
+from modelzip.checkpoints.writer import CheckpointWriter, partial_of
 from modelzip.weights.layouts import quantization_config
 
 from .calibrate import batches, forward_inputs
@@ -24,6 +24,11 @@ from .text import Windows
 
 HIDDEN_SHARE = 0.4
 """Share of the free memory that waiting batches may hold before they spill to disk."""
+
+
+def stage_fingerprint(context: Context, plan: Plan) -> str:
+    """What a resumed stage must share with the interrupted one. The layout may depend on the machine's libraries."""
+    return context.fingerprint + plan.layout
 
 
 def run_stage(
@@ -41,7 +46,7 @@ def run_stage(
 
     describe: makes modelzip.json from the records. Gradients must be off. Raises what the writer and the engine raise.
     """
-    fingerprint = context.fingerprint + str(plan.layout)
+    fingerprint = stage_fingerprint(context, plan)
     with CheckpointWriter.open(
         target, source=source, fingerprint=fingerprint, overwrite=overwrite, resume=resume
     ) as writer:
@@ -55,7 +60,7 @@ def run_stage(
             targets=settings,
             propagate=plan.propagate,
             spill_limit=int(HIDDEN_SHARE * psutil.virtual_memory().available),
-            spill_folder=target.parent,
+            spill_folder=partial_of(target),
         )
         compress_blocks(job, streamed, data, writer=writer, clock=context.clock, progress=context.progress)
         records = {name: record for part in writer.done.values() for name, record in part["modules"].items()}

@@ -15,60 +15,56 @@ from torch import Tensor
 
 from modelzip.checkpoints.errors import CalibrationError
 
-CHARACTERS_PER_TOKEN = 24
-"""Text read for each token wanted; what lies beyond in a long source is not tokenized."""
+CHARACTERS_PER_TOKEN = 6
+"""Text tokenized at first for each token wanted; if that is too little, twice as much, and so on."""
 
-LEAST_CHARACTERS = 1 << 23
+MARGIN = 64
+"""Tokens at the end of a text that was cut off which are not used: they might differ in the whole text."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """tokens: int64 [windows, seq_len]. sha256: of the tokens. spare: tokens of the text that no window holds."""
+    """tokens: int64 [windows, seq_len]. sha256: of the tokens."""
 
     tokens: Tensor
     source: str
-    spare: int
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
-    def batches(self, size: int) -> list[Tensor]:
-        return list(self.tokens.split(size))
+    def split(self, count: int, *, rest: str) -> tuple[Windows, Windows | None]:
+        """The first `count` windows, and those after them under the name `rest`, None if there are none."""
+        after = self.tokens[count:]
+        return Windows(self.tokens[:count], self.source), Windows(after, rest) if len(after) else None
 
 
 def read_windows(
-    source: str,
-    tokenizer: Any,
-    *,
-    field: str,
-    split: str,
-    count: int,
-    seq_len: int,
-    skip: int = 0,
-    least: int | None = None,
+    source: str, tokenizer: Any, *, field: str, split: str, count: int, seq_len: int, least: int | None = None
 ) -> Windows:
-    """`count` windows of `seq_len` tokens from a file or hub dataset, after the first `skip` windows.
+    """The first `count` windows of `seq_len` tokens of a file or hub dataset.
 
     The documents are joined by blank lines and tokenized in one go, no special tokens added, and cut without overlap.
     With `least`, fewer windows down to that number will do. Raises CalibrationError if the source holds too little.
     """
-    needed = (skip + count) * seq_len
-    text = _text(source, field=field, split=split, characters=max(LEAST_CHARACTERS, needed * CHARACTERS_PER_TOKEN))
+    needed = count * seq_len
+    characters = needed * CHARACTERS_PER_TOKEN
+    while True:
+        text, is_whole = _text(source, field=field, split=split, characters=characters)
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+        if is_whole or len(ids) >= needed + MARGIN:
+            break
+        characters *= 2
     if not text.strip():
         raise CalibrationError(f"{source} holds no text: give a file with at least {needed} tokens.")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    whole = max(0, len(ids) // seq_len - skip)
-    if whole < (count if least is None else least):
+    found = len(ids) // seq_len
+    if found < (count if least is None else least):
         raise CalibrationError(
-            f"{source} holds {len(ids)} tokens, enough for {len(ids) // seq_len} windows of {seq_len}; "
-            f"{skip + count} were asked for: give more text, or lower --samples or --seq-len."
+            f"{source} holds {len(ids)} tokens, enough for {found} windows of {seq_len}; "
+            f"{count if least is None else least} were asked for: give more text, or lower --samples or --seq-len."
         )
-    taken = min(whole, count)
-    start = skip * seq_len
-    return Windows(
-        ids[start : start + taken * seq_len].reshape(taken, seq_len), source, len(ids) - start - taken * seq_len
-    )
+    taken = min(found, count)
+    return Windows(ids[: taken * seq_len].reshape(taken, seq_len), source)
 
 
 def check_source(source: str, *, field: str) -> None:
@@ -88,19 +84,21 @@ def _is_file(source: str) -> bool:
     return path.exists() or path.suffix in {".txt", ".jsonl", ".parquet", ".json", ".csv", ".md"}
 
 
-def _text(source: str, *, field: str, split: str, characters: int) -> str:
+def _text(source: str, *, field: str, split: str, characters: int) -> tuple[str, bool]:
+    """About the first `characters` of the source's text, and whether that is all of it."""
     documents = _documents(Path(source), field) if _is_file(source) else _hub(source, field=field, split=split)
-    pieces, length = [], 0
+    pieces: list[str] = []
+    length = 0
     for document in documents:
         pieces.append(document)
         length += len(document) + 2
-        if length >= characters:
+        if length > characters:
             break
+    else:
+        return "\n\n".join(pieces), True
     text = "\n\n".join(pieces)
-    if len(text) <= characters:
-        return text
     end = text.rfind("\n", 0, characters)
-    return text[: end if end > 0 else characters]
+    return text[: end if end > 0 else characters], False
 
 
 def _documents(path: Path, field: str) -> Iterator[str]:
@@ -109,24 +107,33 @@ def _documents(path: Path, field: str) -> Iterator[str]:
     elif path.suffix == ".jsonl":
         yield from _jsonl(path, field)
     elif path.suffix == ".txt":
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise CalibrationError(f"{path} isn't UTF-8 text: {error.reason} at byte {error.start}.") from None
+        with path.open(encoding="utf-8", newline="") as stream:
+            try:
+                yield stream.read()
+            except UnicodeDecodeError as error:
+                raise _not_text(path, error) from None
     else:
         raise CalibrationError(f"{path} is of no known kind: text comes from .txt, .jsonl or .parquet files.")
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise _not_text(f"{path} line {number}", error) from None
             except json.JSONDecodeError as error:
                 raise CalibrationError(f"{path} line {number} isn't JSON: {error.msg}.") from None
             yield _value(row, field, f"{path} line {number}")
+
+
+def _not_text(where: Path | str, error: UnicodeDecodeError) -> CalibrationError:
+    return CalibrationError(
+        f"{where} isn't UTF-8 text: {error.reason} at byte {error.start}; convert it, or give another file."
+    )
 
 
 def _parquet(path: Path, field: str) -> Iterator[str]:

@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modelzip.checkpoints.errors import OutputError
+from modelzip.evaluation.outputs import main_output
+
+__all__ = ["main_output", "verify"]
 
 TOLERANCE = 1e-3
 """Largest allowed difference of a logit, relative to the largest logit; both sides compute in fp32."""
@@ -32,7 +35,7 @@ def verify(folder: Path, inputs: dict[str, Tensor], expected: Tensor, *, own_lay
     """
     with tempfile.TemporaryDirectory(prefix="modelzip-") as place:
         tokens, out = Path(place) / "inputs.safetensors", Path(place) / "output.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, tokens)
+        save_file({name: tensor.clone() for name, tensor in inputs.items()}, tokens)  # one tensor may be two inputs
         command = [sys.executable, "-m", "modelzip.pipeline.verify", str(folder.absolute()), str(tokens), str(out)]
         run = subprocess.run(
             [*command, "own" if own_layout else "plain"],
@@ -79,13 +82,6 @@ def _to_float(model: Any) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
                 module._buffers[name] = buffer.float()
-
-
-def main_output(output: Any) -> Tensor:
-    """The logits, or the last hidden states of a model without a head."""
-    tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
-    assert isinstance(tensor, Tensor)
-    return tensor
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import yaml
 
-from modelzip.checkpoints.errors import Problems, RecipeError
+from modelzip.checkpoints.errors import ProblemsError, RecipeError
 
 from .problems import inside, suggestion
 
@@ -46,12 +46,12 @@ def read_recipe_file(path: str) -> tuple[dict[str, Any], str]:
 
 
 def read_yaml(text: str, origin: str) -> dict[str, Any]:
-    """A YAML mapping. Raises RecipeError with the line of a mistake, or Problems that names all keys given twice."""
+    """A YAML mapping. Raises RecipeError with the line of a mistake, or ProblemsError with all keys given twice."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         doubled = [] if node is None else list(_doubled(node, "", set()))
         if doubled:
-            raise Problems([f"{origin}: {one}" for one in doubled])
+            raise ProblemsError([f"{origin}: {one}" for one in doubled])
         data = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark

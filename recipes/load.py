@@ -22,7 +22,7 @@ NOT_RENAMED: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 def load_recipe(path: str) -> Recipe:
-    """Read a recipe file, or a shipped recipe by its name. Raises Problems."""
+    """Read a recipe file, or a shipped recipe by its name. Raises ProblemsError."""
     data, origin = read_recipe_file(path)
     return parse_recipe(data, origin)
 
@@ -30,7 +30,7 @@ def load_recipe(path: str) -> Recipe:
 def parse_recipe(
     data: Mapping[str, Any], origin: str, *, renamed: Mapping[str, str] = NOT_RENAMED, least_stages: int = 1
 ) -> Recipe:
-    """Check plain data and make a Recipe of it. Raises Problems that lists all that is wrong.
+    """Check plain data and make a Recipe of it. Raises ProblemsError that lists all that is wrong.
 
     origin: the file's name, put before each problem. renamed: paths that options set, and those options' names.
     """

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from modelzip.checkpoints.errors import Problems
+from modelzip.checkpoints.errors import ProblemsError
 
 from .describe import allowed, choices, shown
 
@@ -31,7 +31,7 @@ class Found:
     def raise_if_any(self, origin: str, renamed: Mapping[str, str]) -> None:
         """Raise all problems. What an option set is called by the option's name, else the path stands after origin."""
         if self.problems:
-            raise Problems([_line(origin, path, sentence, renamed) for path, sentence in self.problems])
+            raise ProblemsError([_line(origin, path, sentence, renamed) for path, sentence in self.problems])
 
 
 def _line(origin: str, path: str, sentence: str, renamed: Mapping[str, str]) -> str:

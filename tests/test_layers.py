@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_PACKAGES = {"tests", "benchmarks", "docs", "tools", "build", "dist"}

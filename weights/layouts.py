@@ -6,6 +6,7 @@ reads the widths alike (2, 4 and 8 bits, plain linears); the rest needs `import 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -45,8 +46,14 @@ class Scheme:
 
 
 def portable(schemes: Iterable[Scheme], *, transposed: bool) -> bool:
-    """Whether compressed-tensors' `pack-quantized` layout holds these modules alike in all its releases."""
-    return not transposed and all(scheme.bits in PORTABLE_BITS for scheme in schemes)
+    """Whether compressed-tensors' `pack-quantized` layout holds these modules alike in all its releases.
+
+    Zero points open in all of them only if the weights are made dense at load (see `quantization_config`), and
+    transformers then takes one scheme for all modules.
+    """
+    distinct = set(schemes)
+    symmetric = all(scheme.symmetric for scheme in distinct)
+    return not transposed and all(s.bits in PORTABLE_BITS for s in distinct) and (symmetric or len(distinct) == 1)
 
 
 def quantization_config(
@@ -77,7 +84,12 @@ def quantization_config(
         format="pack-quantized",
         ignore=[name for name in linears if name not in schemes],
     )
-    return {**config.to_dict(), "quant_method": COMPRESSED_TENSORS}
+    written = {**config.to_dict(), "quant_method": COMPRESSED_TENSORS}
+    if not all(scheme.symmetric for scheme in schemes.values()):
+        # compressed-tensors 0.20 expects zero points unpacked when transformers makes room for packed weights, though
+        # its own layout packs them; made dense at load, they are read right by every release.
+        written["dequantize"] = True
+    return written
 
 
 def _arguments(scheme: Scheme) -> QuantizationArgs:
@@ -120,7 +132,13 @@ def stored_scheme(config: Mapping[str, Any], name: str, shapes: Mapping[str, tup
 
 
 def _bits(config: Mapping[str, Any], name: str) -> int:
-    groups = list(config["config_groups"].values())
-    named = [group for group in groups if name in group["targets"]]
-    general = [group for group in groups if "Linear" in group["targets"]]
-    return int((named or general)[0]["weights"]["num_bits"])
+    """Bits of the group that covers a linear, in compressed-tensors' order: by its name, by a pattern, by its class.
+
+    Raises ValueError if no group does.
+    """
+    groups = {target: group for group in config["config_groups"].values() for target in group["targets"]}
+    patterns = (t for t in sorted(groups) if t.startswith("re:") and re.match(t.removeprefix("re:"), name))
+    target = next((target for target in (name, *patterns, "Linear") if target in groups), None)
+    if target is None:
+        raise ValueError(f"quantized as {COMPRESSED_TENSORS} with no group for {name}")
+    return int(groups[target]["weights"]["num_bits"])

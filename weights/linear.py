@@ -25,10 +25,22 @@ class CompressedLinear(nn.Module):
     @property
     def weight_value(self) -> Affine:
         """The compressed weight over this module's buffers."""
-        tensors = {name: tensor for name, tensor in self.named_buffers(recurse=False)}
+        tensors = dict(self.named_buffers(recurse=False))
         return Affine.from_tensors(
             tensors | {"weight_shape": torch.tensor((self.out_features, self.in_features))}, {"bits": self.bits}
         )
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape [out, in] and dtype without any values, on the meta device, for code that asks a linear for no more.
+
+        T5 looks at the dtype in its forward pass, and GPT-2 and T5 initialise weights through the parent module, which
+        the flag of transformers prevents.
+        """
+        dtype = self.get_buffer("weight_scale").dtype
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.weight_value.matmul(x)

@@ -1,4 +1,4 @@
-"""The transformers plug-in for `quant_method: modelzip`: linears are exchanged for `CompressedLinear` before loading."""
+"""The transformers plug-in for `quant_method: modelzip`: puts `CompressedLinear` in place of linears before loading."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modelzip.kernels.bitpack import packed_words
@@ -19,23 +20,24 @@ from .linear import CompressedLinear
 
 
 @register_quantization_config(MODELZIP)
-class ModelzipConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class ModelzipConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json. modules: the scheme of each compressed module, by its name."""
 
     def __init__(self, modules: Mapping[str, Any], version: int = VERSION, scale_dtype: str = "", **_: Any) -> None:
         if version > VERSION:
             raise ValueError(f"this model is in layout version {version} of modelzip; installed is version {VERSION}")
-        self.quant_method = MODELZIP
+        self.quant_method = MODELZIP  # type: ignore[assignment]
         self.version = version
         self.scale_dtype = scale_dtype
         self.modules = dict(modules)
 
 
 @register_quantizer(MODELZIP)
-class ModelzipQuantizer(HfQuantizer):  # type: ignore[misc]
+class ModelzipQuantizer(HfQuantizer):
     """Makes room for the packed tensors; transformers then loads them by name like any buffer."""
 
     requires_calibration = True
+    quantization_config: ModelzipConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beyond torch is needed."""

@@ -10,6 +10,8 @@ Where this differs from the paper, and why:
 - Columns of least use go last, by the diagonal of H ("activation order", from the authors' code).
 - A column that calibration never excites is cut loose from the others and rounded to nearest, not set to zero: it may
   be excited later.
+- The clip search weighs each column by the loss that GPTQ pays for an error in it, 1 / U²ⱼⱼ, not evenly: where few
+  columns carry large activations, clipping their weights for the others' sake costs most.
 - U comes from one Cholesky factorisation of H taken from the last column to the first, H = R Rᵀ with R upper
   triangular, since then H⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹: no inverse of H and no second factorisation.
 """
@@ -46,6 +48,15 @@ class InverseFactor:
     dead: int
     precision: str
 
+    def importance(self) -> Tensor:
+        """What an error in each column costs, [in] in the columns' own order: 1 / U²ⱼⱼ, the loss that GPTQ pays for it.
+
+        Not the Hessian's diagonal: what the columns still to come can make up for costs nothing.
+        """
+        cost = torch.empty_like(self.upper[0])
+        cost[self.order] = self.upper.diagonal() ** -2
+        return cost
+
 
 def inverse_factor(hessian: Tensor, *, damping: float, max_damping: float, order: str) -> InverseFactor:
     """Factorise the inverse of hessian [in, in]; one factor serves all linears that share an input.
@@ -60,31 +71,38 @@ def inverse_factor(hessian: Tensor, *, damping: float, max_damping: float, order
     permutation = diagonal.argsort(descending=True, stable=True)
     if order == "none":
         permutation = torch.arange(len(diagonal), device=hessian.device)
-    permuted = hessian[permutation][:, permutation]
+    backwards = permutation.flip(0)
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    permuted.diagonal()[dead[permutation]] = mean
     rungs = [
         damping * 10 ** (step / 2)
         for step in range(1 + math.floor(2 * math.log10(max(max_damping / damping, 1)) + 1e-9))
     ]
     for precision in (torch.float32, torch.float64):
         for rung in rungs:
-            upper = _upper(permuted.to(precision), rung * mean)
+            damped = hessian.diagonal() + rung * mean
+            damped[dead] = mean
+            upper = _upper(hessian, damped, backwards, precision)
             if upper is not None:
                 name = "fp32" if precision == torch.float32 else "fp64"
                 return InverseFactor(upper.to(hessian.dtype), permutation, rung, int(dead.sum()), name)
     raise SingularHessianError(f"not positive definite with damping up to {rungs[-1]:g} of the mean diagonal, in fp64")
 
 
-def _upper(hessian: Tensor, damping: float) -> Tensor | None:
-    """U with (H + damping)⁻¹ = UᵀU, or None if H + damping isn't positive definite."""
-    flipped = hessian.flip(0, 1)
-    flipped.diagonal().add_(damping)
-    lower, info = torch.linalg.cholesky_ex(flipped)
+def _upper(hessian: Tensor, diagonal: Tensor, backwards: Tensor, precision: torch.dtype) -> Tensor | None:
+    """U with H⁻¹ = UᵀU for hessian [in, in] with this diagonal [in], or None if it isn't positive definite.
+
+    backwards [in]: the columns, the last first. Wide Hessians are large, so no step keeps the matrix before it.
+    """
+    matrix = hessian[backwards[:, None], backwards].to(precision)
+    matrix.diagonal().copy_(diagonal[backwards])
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    del matrix
     if int(info) != 0:
         return None
     root = lower.flip(0, 1)
-    upper = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype, device=root.device), upper=True)
+    del lower
+    upper = torch.eye(len(root), dtype=root.dtype, device=root.device)
+    torch.linalg.solve_triangular(root, upper, upper=True, out=upper)
     return upper if bool(torch.isfinite(upper).all()) else None
 
 

@@ -12,8 +12,8 @@ from modelzip.weights.affine import Affine
 SLAB_ELEMENTS = 1 << 17
 """Weights searched at once: half a megabyte in fp32, so that every pass of the clip search stays in the cache."""
 
-SHRINK = tuple(1.0 - 0.025 * step for step in range(21))
-"""Fractions of the full range that the clip search tries: 1 down to 0.5."""
+SPANS = tuple(1.05 - 0.05 * step for step in range(12))
+"""Fractions of a group's full range that the clip search tries: 1.05 down to 0.5."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def fit_grid(
     group's full range; "mse" also tries narrower ranges and keeps the one of least squared error, weighted by
     importance [in] if given. dtype: precision of the stored scale.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if group_size is None:
         grouped = weight.reshape(1, 1, -1)
         scale, zero_point = _fit(grouped, bits=bits, symmetric=symmetric, clip=clip, dtype=dtype, importance=None)
@@ -80,7 +80,7 @@ def fit_grid(
             dtype=dtype,
             importance=importance,
         )
-        for part in weight.split(slab)
+        for part in torch.split(weight, slab)
     ]
     scale, zero_point = (torch.cat(parts) for parts in zip(*fits, strict=True))
     return AffineGrid(scale, zero_point, bits, symmetric, dtype)
@@ -96,13 +96,13 @@ def _fit(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point [out, groups] for grouped weights [out, groups, group_size]."""
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    shrinks = SHRINK if clip == "mse" else SHRINK[:1]
+    spans = SPANS if clip == "mse" else (1.0,)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for sign in (1.0, -1.0) if symmetric and clip == "mse" else (1.0,):
-        for shrink in shrinks:
-            scale, zero_point = _span(low * shrink, high * shrink, bits=bits, symmetric=symmetric, dtype=dtype)
+        for span in spans:
+            scale, zero_point = _span(low * span, high * span, bits=bits, symmetric=symmetric, dtype=dtype)
             scale = scale * sign
-            if len(shrinks) == 1:
+            if len(spans) == 1:
                 return scale, zero_point
             error = _error(grouped, scale, zero_point, bits=bits, importance=importance)
             if best is None:

@@ -34,8 +34,10 @@ class LayerMethod:
     note: Callable[[Any, Any], str | None]
 
 
-def fitted_grid(weight: Tensor, settings: QuantizeSettings, dtype: torch.dtype) -> AffineGrid:
-    """The grid that the settings ask for; their group size must divide the columns."""
+def fitted_grid(
+    weight: Tensor, settings: QuantizeSettings, dtype: torch.dtype, importance: Tensor | None = None
+) -> AffineGrid:
+    """The grid that the settings ask for; their group size must divide the columns. importance: of columns, [in]."""
     sizes = {"tensor": None, "channel": weight.shape[1]}
     size = settings.group_size
     return fit_grid(
@@ -45,6 +47,7 @@ def fitted_grid(weight: Tensor, settings: QuantizeSettings, dtype: torch.dtype) 
         symmetric=settings.symmetric,
         clip=settings.clip,
         dtype=dtype,
+        importance=importance,
     )
 
 
@@ -65,7 +68,8 @@ def _factor(hessian: Tensor, settings: Gptq) -> InverseFactor:
 
 
 def _gptq(weight: Tensor, prepared: InverseFactor, settings: Gptq, dtype: torch.dtype) -> Affine:
-    return gptq(weight, prepared, fitted_grid(weight, settings, dtype), block_size=settings.block_size)
+    grid = fitted_grid(weight, settings, dtype, prepared.importance())
+    return gptq(weight, prepared, grid, block_size=settings.block_size)
 
 
 def _gptq_note(prepared: InverseFactor, settings: Gptq) -> str | None:

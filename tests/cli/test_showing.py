@@ -53,12 +53,18 @@ def test_a_dry_run_prints_the_plan_as_json(pipeline, capsys):
     }
 
 
-def test_evaluate_compares_with_the_original_and_prints_the_section(pipeline, capsys):
+def test_evaluate_compares_with_the_original_and_prints_the_whole_report(pipeline, capsys):
     assert answer(["evaluate", "small", "--against", "big", "--data", "d.txt", "--windows", "3", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == pipeline.report["evaluation"]
+    assert json.loads(capsys.readouterr().out) == pipeline.report
     assert (pipeline.asked["model"], pipeline.asked["against"]) == ("small", "big")
     assert (pipeline.asked["evaluation"].data, pipeline.asked["evaluation"].windows) == ("d.txt", 3)
     assert answer(["evaluate", "small", "--against", "big", "--data", "d.txt", "--fail-if", "kl > 0.1"]) == 3
+    assert answer(["evaluate", "small", "--against", "big", "--data", "d.txt", "--fail-if", "bytes > 90MB"]) == 3
+    capsys.readouterr()
+    assert answer(["evaluate", "small", "--data", "d.txt"]) == 0
+    shown = capsys.readouterr().out
+    assert "size, MB" in shown
+    assert "0.1550" in shown
 
 
 def test_recipe_show_writes_out_every_default_and_check_approves(pipeline, tmp_path, capsys):

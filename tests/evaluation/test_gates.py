@@ -3,7 +3,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from modelzip.checkpoints.errors import GateError, Problems, RecipeError
+
+from modelzip.checkpoints.errors import GateError, ProblemsError, RecipeError
 from modelzip.evaluation.gates import check_gates, metrics, parse_gate, parse_gates, require_measured
 
 VALUES = {"kl": 0.2, "perplexity": 30.0, "original.perplexity": 25.0, "bytes": 117e6, "top1_agreement": 0.75}
@@ -83,7 +84,7 @@ def test_a_quality_condition_without_evaluation_is_refused_before_any_work() -> 
 def test_a_condition_on_the_original_without_one_is_refused_before_any_work() -> None:
     gates = parse_gates(["perplexity > 30", "kl > 0.3", "bytes > 0.5 * original.bytes"])
     require_measured(gates[:1], evaluation=True, original=False)
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(ProblemsError) as caught:
         require_measured(gates, evaluation=True, original=False)
     assert [sentence.split(" needs ")[1].split(",")[0] for sentence in caught.value.sentences] == [
         "kl",
@@ -92,7 +93,7 @@ def test_a_condition_on_the_original_without_one_is_refused_before_any_work() ->
 
 
 def test_all_wrong_conditions_are_reported_at_once() -> None:
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(ProblemsError) as caught:
         parse_gates(["kll > 1", "kl > 1", "bytes > 1s"])
     assert len(caught.value.sentences) == 2
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from modelzip.checkpoints.errors import RecipeError
 from modelzip.evaluation.gates import METRICS, metrics
 from modelzip.evaluation.report import (
@@ -75,6 +76,7 @@ def sample(modules: int = 7, fallbacks: int = 1) -> dict[str, Any]:
             "perplexity": {"original": 20.0, "compressed": 25.0},
             "kl": 0.1234,
             "top1_agreement": 0.75,
+            "hidden_error": 0.0321,
         },
         "size": {
             "bytes_before": 300_000_000,
@@ -199,6 +201,18 @@ def test_a_report_without_quality_or_original_says_so() -> None:
     assert "Everything went as asked" in text
     assert "Calibration" not in text
     assert "Worst" not in text
+
+
+def test_a_model_without_logits_shows_how_far_its_hidden_states_are_and_no_perplexity() -> None:
+    data = sample()
+    nothing = {"perplexity": {"original": None, "compressed": None}, "kl": None, "top1_agreement": None}
+    data["evaluation"] |= nothing
+    text = report_markdown(validate(data))
+    assert "| Difference of the last hidden states |  | 0.0321 | relative |" in text
+    for name in ("Perplexity", "KL to", "Top-1"):
+        assert name not in text
+    assert metrics(data)["hidden_error"] == 0.0321
+    assert not {"perplexity", "kl"} & set(metrics(data))
 
 
 def test_a_pipe_in_a_note_does_not_break_the_table() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modelzip.checkpoints.errors import Problems, RecipeError
+from modelzip.checkpoints.errors import ProblemsError, RecipeError
 from modelzip.compressors import QUANTIZE
 from modelzip.compressors.quantize.settings import Gptq, Rtn
 from modelzip.recipes.files import library, read_yaml
@@ -16,7 +16,7 @@ from modelzip.recipes.load import dump_recipe, load_recipe, parse_recipe
 
 
 def problems(data: dict, origin: str = "", **more) -> tuple[str, ...]:
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(ProblemsError) as caught:
         parse_recipe(data, origin, **more)
     return caught.value.sentences
 
@@ -161,7 +161,7 @@ def test_every_method_and_every_setting_is_described(name):
 
 
 def test_keys_given_twice_are_told_with_their_lines():
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(ProblemsError) as caught:
         read_yaml("seed: 1\nstages:\n- quantize: {bits: 3}\n- quantize:\n    bits: 4\n    bits: 5\nseed: 2\n", "r.yaml")
     assert caught.value.sentences == (
         "r.yaml: stages[1].quantize.bits: is given twice, in lines 5 and 6; keep one",

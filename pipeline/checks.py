@@ -1,0 +1,75 @@
+"""What is checked before any work is done, beyond what the plan checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from modelzip.checkpoints.errors import OutputError, RecipeError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.writer import CheckpointWriter, partial_of
+from modelzip.evaluation.gates import Gate
+
+from .calibrate import is_causal
+from .context import Run
+from .identity import header_hash
+from .plan import check_machine
+from .stage import stage_fingerprint
+
+REPORT: Final = "report.json"
+
+
+def check_predicts(gates: Sequence[Gate], model: Any, checkpoint: Checkpoint) -> None:
+    """Raise RecipeError for a condition on the perplexity of a model that doesn't predict the next token."""
+    for gate in gates:
+        if any(name.endswith("perplexity") for name in gate.needs) and not is_causal(model):
+            raise RecipeError(
+                f'The condition "{gate.text}" needs the perplexity, but {checkpoint.source} is a '
+                f"{type(model).__name__}, which doesn't predict the next token: take kl or hidden_error."
+            )
+
+
+def report_of(run: Run) -> dict[str, Any] | None:
+    """The report of a finished output; None if it has none, or one that came along with the input."""
+    file = run.output / REPORT
+    if not file.exists():
+        return None
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return report if report["source"]["sha256"] == header_hash(run.checkpoint) else None
+
+
+def check_room(run: Run, *, overwrite: bool, resume: bool) -> None:
+    """Raise MachineError or OutputError if there is no room for the output, and say what the plans have to say."""
+    targets = [*run.between, run.output]
+    parts = [file for target in targets for file in partial_of(target).rglob("*") if resume and file.is_file()]
+    for plan in run.plans:
+        check_machine(plan, written=sum(file.stat().st_size for file in parts))
+    if run.output.parent.exists():  # a new output's first work may be minutes of writing text: refuse it before
+        last = stage_fingerprint(run.context, run.plans[-1])
+        CheckpointWriter.open(
+            run.output, source=run.checkpoint, fingerprint=last, overwrite=overwrite, resume=resume
+        ).close()
+    left = [folder for target in targets[:-1] for folder in (target, partial_of(target)) if folder.exists()]
+    if left and not (overwrite or resume):
+        raise OutputError(
+            f"An interrupted run for {run.output} has left {left[0]}; give --resume to go on with it, or --overwrite "
+            "to start again."
+        )
+    for note in dict.fromkeys(note for plan in run.plans for note in plan.notes):
+        run.context.progress.say(note)
+
+
+def check_comparable(model: Checkpoint, original: Checkpoint) -> None:
+    """Raise RecipeError if the two models don't speak of the same tokens."""
+    sizes = [_vocabulary(one.config) for one in (model, original)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise RecipeError(
+            f"{model.source} has a vocabulary of {sizes[0]} tokens and {original.source} one of {sizes[1]}: name the "
+            "original that it was made from with --against."
+        )
+
+
+def _vocabulary(config: dict[str, Any]) -> int | None:
+    size = {**config, **config.get("text_config", {})}.get("vocab_size")
+    return size if isinstance(size, int) else None

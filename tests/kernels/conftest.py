@@ -1,0 +1,31 @@
+"""What the kernels' tests share: poisoned outputs, and how far a result is from the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN, or the largest integer: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def distance() -> Callable[[Tensor, Tensor], tuple[float, float]]:
+    """distance(found, truth) -> relative Frobenius norm of the difference, and its worst row over the typical row."""
+
+    def of(found: Tensor, truth: Tensor) -> tuple[float, float]:
+        assert found.shape == truth.shape
+        found, truth = (part.double().reshape(-1, part.shape[-1]) for part in (found, truth))
+        size, difference = truth.norm().clamp(min=1e-30), (found - truth).norm(dim=1)
+        return float(difference.norm() / size), float(difference.max() / size * len(truth) ** 0.5)
+
+    return of

@@ -1,0 +1,212 @@
+"""The two layouts: configs that compressed-tensors itself takes, and widths that are found again by module."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file
+from torch import nn
+
+from modelzip.weights.affine import Affine
+from modelzip.weights.layouts import (
+    COMPRESSED_TENSORS,
+    MODELZIP,
+    Scheme,
+    decoder,
+    portable,
+    quantization_config,
+    stored_scheme,
+)
+from modelzip.weights.linear import CompressedLinear
+
+GROUP4, GROUP8, CHANNEL2 = Scheme(4, "group", 16, True), Scheme(8, "group", 16, True), Scheme(2, "channel", None, True)
+MIXED = {"a.q": GROUP4, "a.k": GROUP4, "b.q": GROUP8, "b.k": CHANNEL2}
+PORTABLE = [
+    Scheme(bits, strategy, size, symmetric)
+    for bits in (2, 4, 8)
+    for strategy, size in (("tensor", None), ("channel", None), ("group", 16))
+    for symmetric in (True, False)
+]
+LINEARS = [*MIXED, "c.skipped", "lm_head"]
+
+
+def _config(schemes=MIXED, layout=COMPRESSED_TENSORS, linears=LINEARS, scale_dtype=torch.bfloat16):
+    config = quantization_config(schemes, layout=layout, linears=linears, scale_dtype=scale_dtype)
+    return json.loads(json.dumps(config))  # as it comes back from config.json
+
+
+def _taken(config) -> QuantizationConfig:
+    """Their own reading of it; `dequantize` is transformers' key."""
+    return QuantizationConfig.model_validate({key: value for key, value in config.items() if key != "dequantize"})
+
+
+def _scheme(group) -> Scheme:
+    arguments = group.weights
+    return Scheme(arguments.num_bits, str(arguments.strategy), arguments.group_size, arguments.symmetric)
+
+
+def test_compressed_tensors_takes_the_config():
+    config = _taken(_config())
+    assert config.format == "pack-quantized"
+    assert config.quantization_status == "compressed"
+    assert config.quant_method == "compressed-tensors"
+    found = {target: _scheme(group) for group in config.config_groups.values() for target in group.targets}
+    assert found == {"Linear": GROUP4, "b.q": GROUP8, "b.k": CHANNEL2}
+
+
+def test_linears_that_stay_dense_are_named_as_ignored_and_only_they():
+    assert sorted(_config()["ignore"]) == ["c.skipped", "lm_head"]
+
+
+def test_the_commonest_scheme_is_the_general_one_and_the_rest_are_named():
+    groups = _config()["config_groups"]
+    assert groups["group_0"]["targets"] == ["Linear"]
+    assert groups["group_0"]["weights"]["num_bits"] == 4
+    flipped = _config(dict.fromkeys(MIXED, GROUP8) | {"a.q": GROUP4})["config_groups"]
+    assert flipped["group_0"]["weights"]["num_bits"] == 8
+    assert flipped["group_1"]["targets"] == ["a.q"]
+
+
+@pytest.mark.parametrize("scheme", PORTABLE, ids=str)
+def test_every_portable_scheme_passes_their_validation(scheme):
+    assert portable([scheme], transposed=False)
+    assert _scheme(_taken(_config({"a": scheme})).config_groups["group_0"]) == scheme
+
+
+def test_only_what_every_release_reads_alike_is_portable():
+    assert portable(MIXED.values(), transposed=False)
+    assert not portable([GROUP4], transposed=True)
+    for bits in (3, 5, 6, 7):
+        assert not portable([GROUP4, Scheme(bits, "channel", None, True)], transposed=False)
+    with_zeros = Scheme(4, "group", 16, False)
+    assert portable([with_zeros, with_zeros], transposed=False)
+    assert not portable([with_zeros, GROUP4], transposed=False)
+
+
+@pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELZIP])
+def test_the_decoder_finds_each_modules_bits(layout, random_weight):
+    decode = decoder(_config(layout=layout))
+    for name, scheme in MIXED.items():
+        weight = random_weight((6, 32), scheme, torch.bfloat16)
+        found = decode(name, weight.tensors())
+        assert found.bits == scheme.bits
+        assert torch.equal(found.dense(), weight.dense())
+
+
+@pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELZIP])
+def test_the_scheme_is_read_back_from_config_and_shapes(layout, random_weight):
+    schemes = {**MIXED, "t": Scheme(4, "tensor", None, True), "u": Scheme(4, "tensor", None, False)}
+    config = _config(schemes, layout)
+    for name, scheme in schemes.items():
+        weight = random_weight((6, 32), scheme)
+        shapes = {suffix: tuple(tensor.shape) for suffix, tensor in weight.tensors().items()}
+        assert stored_scheme(config, name, shapes, 32) == scheme
+
+
+def test_modelzips_own_config_names_every_module_with_its_scheme():
+    config = _config(layout=MODELZIP)
+    assert config["quant_method"] == "modelzip"
+    assert config["version"] == 1
+    assert config["scale_dtype"] == "bfloat16"
+    assert config["modules"]["b.k"] == {
+        "kind": "affine",
+        "bits": 2,
+        "strategy": "channel",
+        "group_size": None,
+        "symmetric": True,
+    }
+    assert config["modules"].keys() == MIXED.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantized as gptq"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "compressed-tensors nvfp4"),
+        ({"quant_method": "compressed-tensors", "format": "mixed-precision"}, "compressed-tensors mixed-precision"),
+        ({"quant_method": "compressed-tensors"}, "quantized as compressed-tensors"),
+        ({"bits": 4}, "quantized as None"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_foreign_layouts_are_refused_by_name(config, words):
+    with pytest.raises(ValueError, match=words):
+        decoder(config)
+    with pytest.raises(ValueError, match=words):
+        stored_scheme(config, "a", {"weight_scale": (4, 1)}, 32)
+
+
+def test_patterns_and_precedence_are_compressed_tensors_own():
+    """Other tools write `re:` targets; an exact name goes before a pattern, and a pattern before a class."""
+    config = _config()
+    config["config_groups"]["group_3"] = {"targets": [r"re:.*\.k$"], "weights": {"num_bits": 8}}
+    bits = {name: stored_scheme(config, name, {"weight_scale": (4, 1)}, 32).bits for name in ("a.q", "a.k", "b.k")}
+    assert bits == {"a.q": 4, "a.k": 8, "b.k": 2}
+
+
+def test_a_module_that_no_group_names_is_refused():
+    config = _config()
+    config["config_groups"]["group_0"]["targets"] = ["re:.*up_proj"]
+    with pytest.raises(ValueError, match=r"a\.q"):
+        stored_scheme(config, "a.q", {"weight_scale": (4, 1)}, 32)
+
+
+def _write(model, schemes, folder, exchange, dtype):
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    weights = exchange(model, schemes, dtype)
+    config = quantization_config(schemes, layout=COMPRESSED_TENSORS, linears=linears, scale_dtype=dtype)
+    model.save_pretrained(folder)
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | {"quantization_config": config}))
+    return weights, json.loads(json.dumps(config))
+
+
+def _mixture(models):
+    """Four kinds on one layer, one kind on the other, and linears of both left alone."""
+    names = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+    kinds = (GROUP4, GROUP8, CHANNEL2, Scheme(8, "tensor", None, True))
+    first = {f"model.layers.0.{name}": kind for name, kind in zip(names, kinds, strict=True)}
+    return {**first, **{f"model.layers.1.{name}": GROUP4 for name in names}}
+
+
+def _uniform(scheme):
+    return lambda models: dict.fromkeys(models.FAMILIES["llama"].expected_linears(), scheme)
+
+
+OPENED = {str(scheme): _uniform(scheme) for scheme in PORTABLE if scheme.bits == 4 or scheme.strategy == "group"}
+
+
+@pytest.mark.parametrize(
+    ("schemes", "dtype"),
+    [
+        *((schemes, torch.float32) for schemes in (_mixture, *OPENED.values())),
+        *((_uniform(scheme), torch.bfloat16) for scheme in (GROUP4, GROUP8, Scheme(4, "group", 16, False))),
+        (_mixture, torch.bfloat16),
+    ],
+    ids=["mixture", *OPENED, "bf16 4", "bf16 8", "bf16 4 with zero points", "bf16 mixture"],
+)
+def test_plain_transformers_opens_what_is_portable_as_the_same_weights(
+    schemes, dtype, models, saved, exchange, make_dense, tmp_path
+):
+    schemes = schemes(models)
+    assert portable(schemes.values(), transposed=False)
+    model = models.FAMILIES["llama"].build().to(dtype)
+    weights, config = _write(model, schemes, tmp_path, exchange, dtype)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    assert not any(isinstance(module, CompressedLinear) for module in plain.modules())
+    found = next(models.outputs(plain))  # makes the weights dense, if they aren't yet
+    for name, weight in weights.items():
+        assert torch.equal(plain.get_submodule(name).weight, weight.dense(dtype)), name
+    dense = transformers.AutoModelForCausalLM.from_pretrained(saved("llama"), dtype=dtype).eval()
+    truth = next(models.outputs(make_dense(dense, weights)))
+    assert torch.equal(found, truth)
+
+    decode, tensors = decoder(config), load_file(tmp_path / "model.safetensors")
+    for name, weight in weights.items():
+        parts = {suffix: tensors[f"{name}.{suffix}"] for suffix in weight.tensors()}
+        assert isinstance(decode(name, parts), Affine)
+        assert torch.equal(decode(name, parts).dense(), weight.dense())
