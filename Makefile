@@ -5,6 +5,7 @@
 #     make test       the fast tests, against the installed package
 #     make lint types test-slow bench clean
 #
+# make bench PEER_PYTHON=... also runs the peer, from an environment made as benchmarks/peers.txt says.
 # make PYTHON=python3.12 picks the interpreter, make VENV=... the environment's folder, make CONSTRAINTS= lets pip choose
 # the versions (on a GPU box that needs its own build of torch, for example).
 
@@ -48,7 +49,8 @@ types: $(VENV)/.dependencies
 	    --strict --namespace-packages --explicit-package-bases -p modelzip
 
 bench: $(VENV)/.modelzip $(VENV)/.demo-model
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/depth.py
+	$(BIN)/python benchmarks/gptq_vs_peer.py $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 
 clean:
 	rm -rf $(VENV) .demo .typecheck build .mypy_cache .ruff_cache .pytest_cache .hypothesis

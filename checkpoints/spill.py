@@ -60,7 +60,7 @@ class Spill:
             storage = alive.untyped_storage()
             size = storage.nbytes()
             path = self._folder / f"{batch}-{number}"
-            _bytes(alive).cpu().numpy().tofile(path)
+            _bytes(alive).to("cpu", copy=True).numpy().tofile(path)  # numpy() of the storage itself would pin its size
             storage.resize_(0)
             held.files[path] = (weakref.ref(alive), size)
             self.written += size

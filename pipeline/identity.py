@@ -70,4 +70,4 @@ def read_provenance(folder: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -59,6 +59,8 @@ def run_recipe(
     gates = parse_gates(recipe.evaluate.fail_if)
     require_measured(gates, evaluation=recipe.evaluate.enabled)
     device = pick_device(recipe.device)
+    if recipe.model is not None and recipe.model.lower().endswith(".gguf"):
+        progress.say(f"reading {recipe.model}: the first time, it is turned into safetensors in the cache")
     checkpoint = _open(recipe)
     _check_data(recipe)
     plans = make_plans(recipe, checkpoint, output=output)

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ TOLERANCE = 1e-3
 """Largest allowed difference of a logit, relative to the largest logit; both sides compute in fp32."""
 
 
-def verify(folder: Path, inputs: dict[str, Tensor], expected: Tensor, *, own_layout: bool) -> dict[str, Any]:
-    """Reopen `folder` in a fresh process on `inputs` and compare its output with `expected`.
+def verify(
+    folder: Path, inputs: dict[str, Tensor], expect: Callable[[], Tensor], *, own_layout: bool
+) -> dict[str, Any]:
+    """Reopen `folder` in a fresh process on `inputs` and compare its output with what `expect` gives meanwhile.
 
     own_layout: whether the process must import modelzip.weights first. Returns max_logit_difference and tokens.
     Raises OutputError if the folder doesn't open, or opens as another model.
@@ -37,16 +40,22 @@ def verify(folder: Path, inputs: dict[str, Tensor], expected: Tensor, *, own_lay
         tokens, out = Path(place) / "inputs.safetensors", Path(place) / "output.safetensors"
         save_file({name: tensor.clone() for name, tensor in inputs.items()}, tokens)  # one tensor may be two inputs
         command = [sys.executable, "-m", "modelzip.pipeline.verify", str(folder.absolute()), str(tokens), str(out)]
-        run = subprocess.run(
+        with subprocess.Popen(
             [*command, "own" if own_layout else "plain"],
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
             cwd=place,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-        if run.returncode != 0:
-            last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        ) as fresh:
+            try:
+                expected = expect()
+                errors = fresh.communicate()[1]
+            except BaseException:
+                fresh.kill()
+                raise
+        if fresh.returncode != 0:
+            last = (errors.strip().splitlines() or ["no message"])[-1]
             raise OutputError(f"{folder} was written, but transformers can't open it: {last}")
         found = load_file(out)["output"]
     difference = float((found.float() - expected.float().cpu()).abs().max())
