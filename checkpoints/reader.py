@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import build_glob_alternation
+from transformers.pytorch_utils import Conv1D
 
 from .errors import CheckpointError
 from .index import Checkpoint
@@ -15,7 +16,7 @@ from .names import NameMap
 
 __all__ = ["Decode", "NameMap", "materialise", "move_buffers", "release"]
 
-# From a module's name and its parts ({"weight_packed": tensor, ...}) to the weight in the module's own layout.
+# From a module's name and its parts ({"weight_packed": tensor, ...}) to the weight, [out, in].
 Decode: TypeAlias = Callable[[str, dict[str, Tensor]], Tensor]
 
 
@@ -48,7 +49,7 @@ def materialise(
         elif (source := names.source(owner)) is not None:
             made = {name: checkpoint.read([source], dtype=casts(owner), device=device)[source]}
         elif decode is not None and (parts := names.parts(owner.removesuffix(".weight"))):
-            made = {name: _decoded(owner, parts, checkpoint=checkpoint, decode=decode).to(device, casts(owner))}
+            made = {name: _decoded(model, owner, parts, checkpoint=checkpoint, decode=decode).to(device, casts(owner))}
         else:
             made = {}
         del missing[name]
@@ -143,10 +144,11 @@ def _converted(
     return {target: tensor.contiguous() for target, tensor in conversion.run(model, tensors).items()}
 
 
-def _decoded(name: str, parts: dict[str, str], *, checkpoint: Checkpoint, decode: Decode) -> Tensor:
+def _decoded(model: nn.Module, name: str, parts: dict[str, str], *, checkpoint: Checkpoint, decode: Decode) -> Tensor:
+    """The weight as its module stores it: transposed for a Conv1D."""
     module = name.removesuffix(".weight")
     tensors = checkpoint.read(parts.values())
     weight = decode(module, {suffix: tensors[source] for suffix, source in parts.items()})
     if not weight.is_floating_point():
         raise CheckpointError(f"{checkpoint.source}: {module} decodes to {weight.dtype}, which isn't a weight's dtype.")
-    return weight
+    return weight.T.contiguous() if isinstance(model.get_submodule(module), Conv1D) else weight

@@ -207,7 +207,12 @@ class CheckpointWriter:
 
 def partial_of(target: Path) -> Path:
     """The hidden folder in which a run for `target` works. What it puts there is swept away by the next run."""
-    return _sibling(target, "partial")
+    return _sibling(Path(os.path.abspath(target)), "partial")
+
+
+def clean_up(target: Path) -> None:
+    """Remove what a run that was killed right after its last rename left in and beside the finished `target`."""
+    _undo_half_replacement(Path(os.path.abspath(target.expanduser())))
 
 
 def _sibling(target: Path, suffix: str) -> Path:

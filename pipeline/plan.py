@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +80,7 @@ class Plan:
 
 def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan]:
     """A plan for each stage, the later ones on what the earlier ones leave. Raises ProblemsError with all mistakes,
-    CheckpointError if the model can't be compressed, MachineError if memory or disk don't suffice."""
+    CheckpointError if the model can't be compressed. Whether the machine has room is `check_machine`'s question."""
     model = skeleton(checkpoint)
     names = NameMap(model, checkpoint)
     structure = find_structure(model, checkpoint, names=names)
@@ -231,9 +232,17 @@ def _patterns(stage: Stage, linears: list[str], structure: Structure, *, where: 
                 )
         else:
             sentences.append(
-                f"{where}: the pattern {pattern!r} matches no module; modules are named like {linears[0]}."
+                f"{where}: the pattern {pattern!r} matches no module; modules are named like "
+                f"{_nearest(pattern, linears)}."
             )
     return sentences
+
+
+def _nearest(pattern: str, linears: list[str]) -> str:
+    """The first linear whose last name is most like the pattern's."""
+    leaves = {name.rpartition(".")[2]: name for name in reversed(linears)}
+    near = difflib.get_close_matches(pattern.rpartition(".")[2].strip("*$"), leaves, n=1)
+    return leaves[near[0]] if near else linears[0]
 
 
 def _others(names: list[str]) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.writer import clean_up
 from modelzip.evaluation.gates import parse_gates, require_measured
 from modelzip.evaluation.report import report_json, validate, write_report
 from modelzip.recipes.load import recipe_data
@@ -69,6 +70,8 @@ def run_recipe(
     model = open_streamed(checkpoint, recipe.dtype, device).model
     check_predicts(gates, model, checkpoint)
     is_finished = resume and read_provenance(output, context.fingerprint) is not None
+    if is_finished:
+        clean_up(output)
     if is_finished and (report := report_of(run)) is not None:
         progress.say(f"{output} is finished already; this is its report.")
         return Result(output, report)

@@ -154,6 +154,8 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
 def _value(row: Any, field: str, where: str) -> str:
     value = row.get(field) if isinstance(row, dict) else None
     if not isinstance(value, str):
+        if value is not None:
+            raise CalibrationError(f"{where}: the field {field!r} holds {type(value).__name__}, not text.")
         fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise CalibrationError(f"{where} has no text in the field {field!r}; it has {fields}: name one by --field.")
     return value

@@ -73,13 +73,11 @@ def inverse_factor(hessian: Tensor, *, damping: float, max_damping: float, order
         permutation = torch.arange(len(diagonal), device=hessian.device)
     backwards = permutation.flip(0)
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    rungs = [
-        damping * 10 ** (step / 2)
-        for step in range(1 + math.floor(2 * math.log10(max(max_damping / damping, 1)) + 1e-9))
-    ]
+    steps = math.ceil(2 * math.log10(max(max_damping / damping, 1)) - 1e-9)
+    rungs = [*(damping * 10 ** (step / 2) for step in range(steps)), max(damping, max_damping)]
     for precision in (torch.float32, torch.float64):
         for rung in rungs:
-            damped = hessian.diagonal() + rung * mean
+            damped = hessian.diagonal().to(precision) + rung * mean
             damped[dead] = mean
             upper = _upper(hessian, damped, backwards, precision)
             if upper is not None:

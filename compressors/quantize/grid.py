@@ -65,7 +65,8 @@ def fit_grid(
     columns = weight.shape[1]
     if group_size is None:
         grouped = weight.reshape(1, 1, -1)
-        scale, zero_point = _fit(grouped, bits=bits, symmetric=symmetric, clip=clip, dtype=dtype, importance=None)
+        every = None if importance is None else importance.repeat(weight.shape[0]).reshape(1, 1, -1)
+        scale, zero_point = _fit(grouped, bits=bits, symmetric=symmetric, clip=clip, dtype=dtype, importance=every)
         return AffineGrid(scale, zero_point, bits, symmetric, dtype)
     groups = columns // group_size
     if importance is not None:
@@ -138,4 +139,5 @@ def _error(grouped: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: i
     else:
         levels.add_(zero_point.unsqueeze(-1)).clamp_(-half, half - 1).sub_(zero_point.unsqueeze(-1))
     difference = torch.addcmul(grouped, levels, scale.unsqueeze(-1), value=-1, out=levels)
-    return torch.linalg.vector_norm(difference if root is None else difference.mul_(root), dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(difference if root is None else difference.mul_(root), dim=-1)
+    return norm

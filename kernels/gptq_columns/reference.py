@@ -22,9 +22,9 @@ def gptq_columns(
     levels, errors = torch.empty_like(weight), torch.empty_like(weight)  # a level is a code less its zero point
     inverse_diagonal = factor.diagonal().reciprocal()
     weigh = inverse_diagonal.tolist()
-    rows = (part.unbind(0) for part in (weight, levels, errors, scale, scale.reciprocal()))
-    for j, (column, level, error, step, inverse_step) in enumerate(zip(*rows, strict=True)):
-        torch.mul(column, inverse_step, out=level)
+    rows = (part.unbind(0) for part in (weight, levels, errors, scale))
+    for j, (column, level, error, step) in enumerate(zip(*rows, strict=True)):
+        torch.div(column, step, out=level)
         torch.clamp(level.round_(), lowest[j], highest[j], out=level)
         torch.sub(column, torch.mul(level, step, out=error).to(value_dtype), out=error)
         start = j // INNER * INNER

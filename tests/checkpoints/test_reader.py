@@ -183,7 +183,7 @@ def test_parts_of_a_compressed_linear_are_found_and_decoded(compressed):
 
     def decode(module, parts):
         assert module == "transformer.h.1.mlp.c_fc"
-        return (parts["weight_packed"] * parts["weight_scale"]).T.contiguous()
+        return parts["weight_packed"] * parts["weight_scale"]
 
     arguments = {"checkpoint": checkpoint, "names": names, "device": "cpu", "dtype": torch.float32}
     materialise(model, [""], **arguments)

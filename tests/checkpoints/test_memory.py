@@ -1,0 +1,85 @@
+"""Memory that the allocator keeps is given back, measured by what the system counts as resident."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import psutil
+import pytest
+import torch
+
+from modelzip.checkpoints import memory
+from modelzip.checkpoints.memory import Heap, give_back
+
+glibc = pytest.mark.skipif(
+    sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="only glibc keeps and gives back so"
+)
+MEGABYTE = 1 << 20
+
+
+def resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def leave_holes(megabytes: int) -> list[torch.Tensor]:
+    """Allocate this much in pieces of 64 KiB and free all but every 16th: the heap can't shrink by itself."""
+    pieces = [torch.ones(1 << 14) for _ in range(megabytes * 16)]
+    kept = pieces[::16]
+    del pieces
+    return kept
+
+
+@glibc
+def test_settling_gives_back_what_lies_idle():
+    give_back()
+    heap, before = Heap(16 * MEGABYTE), resident()
+    kept = leave_holes(128)
+    holey = resident()
+    heap.settle()
+    settled = resident()
+    assert holey - before > 100 * MEGABYTE  # measured: 130
+    assert holey - settled > 80 * MEGABYTE  # measured: 119
+    assert all(bool((piece == 1).all()) for piece in kept)
+
+
+@glibc
+def test_settling_leaves_alone_what_is_less_than_the_slack(monkeypatch):
+    give_back()
+    heap, calls = Heap(512 * MEGABYTE), []
+    monkeypatch.setattr(memory, "give_back", lambda: calls.append(1))
+    kept = leave_holes(64)
+    heap.settle()
+    assert not calls
+    assert len(kept) == 64
+
+
+@glibc
+def test_settling_again_does_nothing_as_long_as_nothing_new_lies_idle(monkeypatch):
+    give_back()
+    heap, calls = Heap(16 * MEGABYTE), []
+    monkeypatch.setattr(memory, "give_back", lambda: (calls.append(1), give_back()))
+    kept = leave_holes(64)
+    for _ in range(3):
+        heap.settle()
+    assert len(calls) == 1
+    assert len(kept) == 64
+
+
+@glibc
+def test_memory_in_use_does_not_count_as_idle(monkeypatch):
+    give_back()
+    heap, calls = Heap(16 * MEGABYTE), []
+    monkeypatch.setattr(memory, "give_back", lambda: calls.append(1))
+    small, large = [torch.ones(1 << 14) for _ in range(1024)], torch.ones(16 * MEGABYTE)
+    heap.settle()
+    assert not calls
+    assert len(small) * small[0].nbytes + large.nbytes == 128 * MEGABYTE
+
+
+def test_elsewhere_nothing_happens(monkeypatch):
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    give_back()
+    heap = Heap(0)
+    monkeypatch.setattr(memory, "give_back", lambda: pytest.fail("gave back"))
+    heap.settle()

