@@ -39,7 +39,7 @@ class Heap:
 
     Waiting batches come and go in pieces of a few megabytes, and between them lie freed pieces that no later one fits
     into: left alone, the process grows to twice what is in use. Giving back costs time too, since the system clears
-    every page anew that is used again: so only where much is in use, and if `slack` bytes lie idle.
+    every page anew that is used again: so only if more than `slack` bytes lie idle.
     """
 
     def __init__(self, slack: int = SLACK_BYTES) -> None:

@@ -14,13 +14,14 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.reader import Decode
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.evaluation.agreement import measure
+from modelzip.evaluation.outputs import main_output
 from modelzip.weights.layouts import MODELZIP, decoder
 
 from .calibrate import forward_inputs, is_causal, longest
 from .plan import checkpoint_dtype
 from .progress import Progress
 from .text import Windows
-from .verify import main_output, verify
+from .verify import verify
 
 PROBE_TOKENS = 64
 

@@ -22,8 +22,6 @@ from torch import Tensor
 from modelzip.checkpoints.errors import OutputError
 from modelzip.evaluation.outputs import main_output
 
-__all__ = ["main_output", "verify"]
-
 TOLERANCE = 1e-3
 """Largest allowed difference of a logit, relative to the largest logit; both sides compute in fp32."""
 
