@@ -6,24 +6,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, Protocol, TextIO
+from typing import Final, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from modelzip.pipeline.progress import Progress
+
 QUIET_S: Final = 1.0
 """Least time between two plain lines of one stage."""
-
-
-class Progress(Protocol):
-    """What the pipeline reports to."""
-
-    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` parts of a stage are done."""
-
-    def say(self, line: str) -> None:
-        """Something the user should know."""
 
 
 class PlainProgress:

@@ -13,11 +13,12 @@ from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.schema import Calibration, Evaluation
 
+from .progress import Progress
 from .selftext import self_windows
 from .text import Windows, read_windows
 
 SELF_HELD_BACK = 8
-"""Windows that a model writes for its own evaluation."""
+"""Windows that a model writes for its own evaluation, behind those for calibration."""
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Any:
@@ -60,6 +61,7 @@ def calibration_windows(
     seed: int,
     held_back: int,
     device: torch.device,
+    progress: Progress,
 ) -> tuple[Windows, Windows | None]:
     """The windows to calibrate on, and up to `held_back` further ones of the same source (None if there are none).
 
@@ -69,19 +71,20 @@ def calibration_windows(
         raise CalibrationError(f"--seq-len is {calibration.seq_len}, but the model takes at most {limit} tokens.")
     samples, seq_len = calibration.samples, calibration.seq_len
     if calibration.source == "self":
-        extra = min(held_back, SELF_HELD_BACK)
         vocabulary = model.config.get_text_config().vocab_size
         every = self_windows(
             checkpoint.folder,
             writes=is_causal(model),
             vocabulary=vocabulary,
             excluded=_special(model.config),
-            counts=[samples, extra],
+            count=samples + SELF_HELD_BACK,  # even if none are held back: the others must not depend on it
             seq_len=seq_len,
             seed=seed,
             device=device,
+            report=lambda done, total: progress.step("write text", done, total, "the model's own, to calibrate on"),
         )
-        return every.split(samples, rest=f"{every.source}, held back")
+        used = every.tokens[: samples + held_back]
+        return Windows(used, every.source).split(samples, rest=f"{every.source}, held back")
     every = read_windows(
         calibration.source,
         tokenizer_of(checkpoint),

@@ -20,7 +20,7 @@ from modelzip.evaluation.report import report_json, validate, write_report
 from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Evaluation, Recipe
 
-from .calibrate import calibration_windows, evaluation_windows, is_causal
+from .calibrate import calibration_windows, evaluation_windows
 from .checks import check_comparable, check_predicts, check_room, report_of
 from .clock import Clock
 from .context import Context, Run
@@ -94,8 +94,6 @@ def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:
     calibration: Windows | None = None
     kept: Windows | None = None
     if held_back or any(plan.needs_data for plan in run.plans):
-        if recipe.calibration.source == "self" and is_causal(model):
-            run.context.progress.say("the model writes its own calibration text")
         calibration, kept = calibration_windows(
             recipe.calibration,
             run.checkpoint,
@@ -103,6 +101,7 @@ def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:
             seed=recipe.seed,
             held_back=held_back,
             device=run.context.device,
+            progress=run.context.progress,
         )
     if recipe.evaluate.enabled and recipe.evaluate.data is not None:
         kept = evaluation_windows(recipe.evaluate, run.checkpoint, model)

@@ -7,8 +7,6 @@ it is the fresh process: `python -m modelzip.pipeline.verify FOLDER TOKENS OUT`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,6 +20,8 @@ from torch import Tensor
 from modelzip.checkpoints.errors import OutputError
 from modelzip.evaluation.outputs import main_output
 
+from .fresh import FreshProcessError, fresh
+
 TOLERANCE = 1e-3
 """Largest allowed difference of a logit, relative to the largest logit; both sides compute in fp32."""
 
@@ -34,27 +34,16 @@ def verify(
     own_layout: whether the process must import modelzip.weights first. Returns max_logit_difference and tokens.
     Raises OutputError if the folder doesn't open, or opens as another model.
     """
-    with tempfile.TemporaryDirectory(prefix="modelzip-") as place:
-        tokens, out = Path(place) / "inputs.safetensors", Path(place) / "output.safetensors"
+    with tempfile.TemporaryDirectory(prefix="modelzip-") as name:
+        place = Path(name)
+        tokens, out = place / "inputs.safetensors", place / "output.safetensors"
         save_file({name: tensor.clone() for name, tensor in inputs.items()}, tokens)  # one tensor may be two inputs
-        command = [sys.executable, "-m", "modelzip.pipeline.verify", str(folder.absolute()), str(tokens), str(out)]
-        with subprocess.Popen(
-            [*command, "own" if own_layout else "plain"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=place,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        ) as fresh:
-            try:
+        kind = "own" if own_layout else "plain"
+        try:
+            with fresh(__name__, str(folder.absolute()), str(tokens), str(out), kind, place=place):
                 expected = expect()
-                errors = fresh.communicate()[1]
-            except BaseException:
-                fresh.kill()
-                raise
-        if fresh.returncode != 0:
-            last = (errors.strip().splitlines() or ["no message"])[-1]
-            raise OutputError(f"{folder} was written, but transformers can't open it: {last}")
+        except FreshProcessError as error:
+            raise OutputError(f"{folder} was written, but transformers can't open it: {error}") from None
         found = load_file(out)["output"]
     difference = float((found.float() - expected.float().cpu()).abs().max())
     largest = float(expected.abs().max())
@@ -91,7 +80,11 @@ def _to_float(model: Any) -> None:
                 module._buffers[name] = buffer.float()
 
 
-if __name__ == "__main__":
-    if sys.argv[4] == "own":
+def _main(folder: str, inputs: str, out: str, kind: str) -> None:
+    if kind == "own":
         import modelzip.weights  # noqa: F401
-    _reopen(*sys.argv[1:4])
+    _reopen(folder, inputs, out)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -6,10 +6,11 @@ import importlib
 import json
 import random
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir, contextmanager, redirect_stdout
 from copy import deepcopy
+from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from modelzip.compressors.quantize.grid import fit_grid
 from modelzip.compressors.quantize.rtn import rtn
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
 from modelzip.pipeline import selftext, verify
+from modelzip.pipeline.fresh import FreshProcessError
 from modelzip.pipeline.run import Result, run_recipe
 from modelzip.recipes.load import parse_recipe
 from modelzip.weights.affine import Affine
@@ -46,49 +48,26 @@ class Progress:
         self.lines.append(line)
 
 
-class Played:
-    """A `subprocess.Popen` of one of our modules that is played in this process."""
-
-    def __init__(self, command: list[str], **_: Any) -> None:
-        self._module, self._arguments = importlib.import_module(command[2]), command[3:]
-        self.returncode = 0
-
-    def __enter__(self) -> Played:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def kill(self) -> None:
-        pass
-
-    def communicate(self) -> tuple[str, str]:
-        try:
-            if self._module is verify:
-                verify._reopen(*self._arguments[:3])
-            else:
-                selftext._main(*self._arguments)
-        except SystemExit as error:
-            self.returncode = 1
-            return "", str(error.code)
-        return "", ""
-
-
-def _played(command: list[str], **_: Any) -> SimpleNamespace:
-    played = Played(command)
-    errors = played.communicate()[1]
-    return SimpleNamespace(returncode=played.returncode, stderr=errors)
+@contextmanager
+def played(module: str, *arguments: str, place: Path) -> Iterator[Iterator[str]]:
+    """A `pipeline.fresh.fresh` that plays our module in this process."""
+    told = StringIO()
+    try:
+        with chdir(place), redirect_stdout(told):
+            importlib.import_module(module)._main(*arguments)
+    except SystemExit as error:
+        raise FreshProcessError(str(error.code)) from None
+    yield iter(told.getvalue().splitlines())
 
 
 @pytest.fixture(scope="session")
 def here() -> Callable[[Callable[[], Any]], Any]:
     """here(action) -> the action's result; fresh processes that it asks for are played in this one, to save seconds."""
-    stand_in = SimpleNamespace(run=_played, Popen=Played, PIPE=None, DEVNULL=None)
 
     def call(action: Callable[[], Any]) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             for module in (verify, selftext):
-                patch.setattr(module, "subprocess", stand_in)
+                patch.setattr(module, "fresh", played)
             return action()
 
     return call

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, ModelzipError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.pipeline import selftext
 from modelzip.pipeline.calibrate import calibration_windows
 from modelzip.pipeline.run import plan_recipe
 from modelzip.pipeline.text import read_windows
@@ -136,6 +138,7 @@ def windows_of(model: Path, calibration: Calibration, *, held_back: int = 0, see
         seed=seed,
         held_back=held_back,
         device=torch.device("cpu"),
+        progress=SimpleNamespace(step=lambda *_: None),
     )
 
 
@@ -170,6 +173,41 @@ def test_the_models_own_text_follows_its_own_distribution(saved, models, here):
     with torch.no_grad():
         own, chance = (float(model(tokens, labels=tokens).loss) for tokens in (written, drawn))
     assert own < chance - 0.5  # measured: 4.06 and 5.12
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2"])
+def test_the_text_is_what_the_model_gives_run_anew_on_every_prefix(models, name, monkeypatch):
+    model = models.FAMILIES[name].build()
+    monkeypatch.setattr(selftext, "_most_rows", lambda *_: 3)
+    written = selftext.write(model, count=5, seq_len=12, seed=1, report=lambda *_: None)
+    generator = torch.Generator().manual_seed(1)
+    naive = []
+    for rows in (3, 2):
+        tokens = torch.randint(models.VOCABULARY, (rows, 1), generator=generator)
+        while tokens.shape[1] < 12:
+            logits = model(input_ids=tokens, use_cache=False).logits[:, -1]
+            tokens = torch.cat([tokens, selftext.draw(logits, generator)], 1)
+        naive.append(tokens)
+    assert torch.equal(written, torch.cat(naive))
+
+
+def test_tokens_are_drawn_as_often_as_the_logits_say():
+    wanted = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    logits = wanted.log().repeat(20_000, 1)
+    drawn = selftext.draw(logits, torch.Generator().manual_seed(0)).flatten()
+    found = drawn.bincount(minlength=5) / len(drawn)
+    assert found[1] == 0
+    assert torch.allclose(found, wanted, atol=4 * (0.25 / len(drawn)) ** 0.5)
+
+
+def test_windows_are_written_side_by_side_as_far_as_memory_goes(models, monkeypatch):
+    model = models.FAMILIES["llama"].build()
+    config = model.config
+    row = 12 * 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    monkeypatch.setattr(selftext, "CACHE_BYTES", 50_000 * row)
+    assert selftext._most_rows(model, 12) == 50_000
+    monkeypatch.setattr(selftext, "CACHE_BYTES", 0)
+    assert selftext._most_rows(model, 12) == sum(p.nbytes for p in model.parameters()) // row
 
 
 def test_even_draws_leave_special_tokens_out(saved, here):
