@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from typing import Any
 
 import psutil
 
-SLACK_BYTES = 64 << 20
+SLACK_BYTES = 12 << 20
+"""Idle memory that is left alone even when the process is at its fullest."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's malloc.h."""
+
+LARGE_BYTES = 32 << 20
+"""Allocations from this size on lie apart and are given back at once; glibc allows no higher limit."""
+
+NEVER_BYTES = 1 << 30
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -35,28 +45,40 @@ def give_back() -> None:
 
 
 class Heap:
-    """Keeps the process from holding much more memory than it uses.
+    """Keeps the process from holding much more memory than it needs at its fullest, and from giving back what it is
+    about to use.
 
-    Waiting batches come and go in pieces of a few megabytes, and between them lie freed pieces that no later one fits
-    into: left alone, the process grows to twice what is in use. Giving back costs time too, since the system clears
-    every page anew that is used again: so only if more than `slack` bytes lie idle.
+    The system clears every page anew that was given back, which takes longer than most of what a forward does with
+    it: so only if the process has grown beyond the most that was in use so far, and not as glibc would do it, at every
+    large tensor that is freed.
     """
 
-    def __init__(self, slack: int = SLACK_BYTES) -> None:
-        self._slack = slack
+    def __init__(self) -> None:
         self._process = psutil.Process()
         self._mallinfo = _of_libc("mallinfo2")
         if self._mallinfo is not None:
+            mallopt = _of_libc("mallopt")
+            mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+            mallopt(M_TRIM_THRESHOLD, NEVER_BYTES)
             self._mallinfo.restype = _Mallinfo2
-            self._outside = self._not_in_use()
-
-    def settle(self) -> None:
-        """Give back if more than the slack lies idle."""
-        if self._mallinfo is not None and self._not_in_use() > self._outside + self._slack:
+            gc.collect()
             give_back()
-            self._outside = self._not_in_use()
+            self._outside = self._resident() - self._handed_out()
+            self._most = 0
 
-    def _not_in_use(self) -> int:
-        """Bytes that are resident without being handed out by the allocator: what lies idle, and code and the like."""
+    def settle(self, *, elsewhere: int) -> None:
+        """Give back if too much lies idle. elsewhere: bytes in use now that glibc didn't hand out."""
+        if self._mallinfo is None:
+            return
+        in_use = self._handed_out() + elsewhere + self._outside
+        self._most = max(self._most, in_use)
+        if self._resident() > self._most + SLACK_BYTES:
+            give_back()
+            self._outside = self._resident() - self._handed_out() - elsewhere
+
+    def _resident(self) -> int:
+        return int(self._process.memory_info().rss)
+
+    def _handed_out(self) -> int:
         info = self._mallinfo()
-        return int(self._process.memory_info().rss - info.uordblks - info.hblkhd)
+        return int(info.uordblks + info.hblkhd)

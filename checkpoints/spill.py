@@ -49,21 +49,27 @@ class Spill:
         """A tensor that a batch will hold while it waits."""
         self._held.setdefault(batch, _Held()).tensors.append(weakref.ref(tensor))
 
-    def page_out(self, batch: int) -> None:
-        """Spill what a batch holds if memory holds too much."""
+    def page_out(self, batch: int) -> bool:
+        """Spill what a batch holds if memory holds too much, and say whether that is so.
+
+        Storage that can't be resized (parked while there was room) stays.
+        """
         held = self._held.get(batch)
         if held is None or self.resident() <= self.limit:
-            return
+            return False
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="modelzip-", dir=self._parent))
         for number, alive in enumerate(held.alive()):
             storage = alive.untyped_storage()
+            if not storage.resizable():
+                continue
             size = storage.nbytes()
             path = self._folder / f"{batch}-{number}"
             _bytes(alive).to("cpu", copy=True).numpy().tofile(path)  # numpy() of the storage itself would pin its size
             storage.resize_(0)
             held.files[path] = (weakref.ref(alive), size)
             self.written += size
+        return True
 
     def page_in(self, batch: int) -> None:
         """Bring back everything that a batch holds."""

@@ -70,7 +70,6 @@ class StreamedModel:
     def free(self, block: Block) -> None:
         """Take the block's values away."""
         release(self.model, [block.name])
-        give_back()
 
     def linear(self, name: str) -> nn.Linear | Conv1D:
         module = self._modules[name]

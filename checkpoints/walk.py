@@ -18,6 +18,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from .memory import Heap
+from .parking import Parking
 from .spill import Spill
 
 
@@ -51,6 +52,7 @@ class Walk:
         self._stops: set[str] = set(blocks)
         self._spill = spill
         self._heap = Heap()
+        self._parking = Parking()
         self._handles = []
         inside = tuple(f"{block}." for block in self._stops)
         for name, module in model.named_modules():
@@ -59,11 +61,15 @@ class Walk:
             elif module._parameters or set(module._buffers) - module._non_persistent_buffers_set:
                 self._handles.append(module.register_forward_pre_hook(_calling(outside, name)))
         self._walkers = [greenlet(_forward(model, dict(batch))) for batch in batches]
+        self._batch_of = {walker: number for number, walker in enumerate(self._walkers)}
         self.at: list[Stop] = [Stop(None)] * len(batches)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             walker = getcurrent()
+            batch = self._batch_of.get(walker)
+            if batch is not None:
+                self._parking.see(batch, (*args, *kwargs.values()))
             if name in self._stops and walker.parent is not None:
                 first = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
                 walker.parent.switch(Stop(name, first))
@@ -85,16 +91,22 @@ class Walk:
         """Let one batch run to its next stop and return it; at its forward's end `output` is set, and not kept."""
         self._spill.page_in(batch)
         result = self._walkers[batch].switch()
-        self._heap.settle()
         if self._walkers[batch].dead:
             self.at[batch] = Stop(None)
+            self.settle()
             return Stop(None, output=result)
         assert isinstance(result, Stop)
         self.at[batch] = result
         if result.input is not None:
             self._spill.register(batch, result.input)
-            self._spill.page_out(batch)
+        if not self._spill.page_out(batch):
+            self._parking.park(batch)
+        self.settle()
         return result
+
+    def settle(self) -> None:
+        """Give memory back to the system if the process has grown beyond what it needs."""
+        self._heap.settle(elsewhere=self._parking.nbytes())
 
     @contextmanager
     def input(self, batch: int) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -61,6 +62,10 @@ def _top(
         write(context.get_help())
 
 
+COLLECTING: Final = (50_000, 20, 100)
+"""Thresholds of the garbage collector: at Python's own it takes a fifth of the time that importing torch needs."""
+
+
 def quieten() -> None:
     """Keep the libraries' own messages out of the user's sight; what the user set in the environment stays."""
     for key, value in QUIET.items():
@@ -88,6 +93,7 @@ def answer(arguments: Sequence[str]) -> int:
 def main() -> None:
     """The console script."""
     catch_sigterm()
+    gc.set_threshold(*COLLECTING)
     if "--debug" not in sys.argv:
         quieten()
     code = answer(sys.argv[1:])

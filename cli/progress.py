@@ -14,12 +14,12 @@ from rich.progress import Progress as Bars
 
 from modelzip.pipeline.progress import Progress
 
-QUIET_S: Final = 1.0
+QUIET_S: Final = 5.0
 """Least time between two plain lines of one stage."""
 
 
 class PlainProgress:
-    """A line at a stage's beginning and end, and in between not more than one a second."""
+    """A line at a stage's beginning and end, and in between not more than one every few seconds."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock

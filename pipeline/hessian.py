@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 PANEL = 128
 """Columns of a panel: only panels on and under the diagonal are computed."""
+
+CAST_TOKENS = 1024
+"""Tokens that are cast to fp32 at once: fewer take longer, more take more memory."""
 
 
 def accumulate(total: Tensor, inputs: Tensor) -> int:
@@ -13,12 +17,14 @@ def accumulate(total: Tensor, inputs: Tensor) -> int:
 
     H is symmetric, so this is a symmetric rank-k update: (1 + 1/panels) / 2 of the full product's work.
     """
-    x = inputs.reshape(-1, inputs.shape[-1]).to(total.dtype)
+    rows = inputs.reshape(-1, inputs.shape[-1])
     width = total.shape[0]
-    for start in range(0, width, PANEL):
-        stop = min(start + PANEL, width)
-        total[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
-    return x.shape[0]
+    for part in torch.split(rows, CAST_TOKENS):
+        x = part.to(total.dtype)
+        for start in range(0, width, PANEL):
+            stop = min(start + PANEL, width)
+            total[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+    return rows.shape[0]
 
 
 def finish(total: Tensor, tokens: int) -> Tensor:

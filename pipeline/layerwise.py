@@ -20,7 +20,6 @@ from torch import Tensor
 from modelzip.checkpoints.blocks import Block, Linear
 from modelzip.checkpoints.errors import CheckpointError, ModelzipError
 from modelzip.checkpoints.index import DTYPES
-from modelzip.checkpoints.memory import Heap
 from modelzip.checkpoints.streamed import StreamedModel, start
 from modelzip.checkpoints.walk import Walk
 from modelzip.checkpoints.writer import CheckpointWriter
@@ -32,9 +31,6 @@ from modelzip.weights.affine import Affine
 from .clock import Clock
 from .hessian import accumulate, finish, relative_error
 from .progress import Progress
-
-COMPRESSING_SLACK = 24 << 20
-"""Idle bytes that may stay while a weight is compressed, which is when most is in use."""
 
 MOST_FALLBACKS = 0.1
 """Share of modules that may fall back to rounding; more is an error, since that isn't the method asked for."""
@@ -154,7 +150,6 @@ class _BlockWork:
 
     def __init__(self, job: Job, streamed: StreamedModel, walk: Walk, clock: Clock) -> None:
         self._job, self._streamed, self._walk, self._clock = job, streamed, walk, clock
-        self._heap = Heap(COMPRESSING_SLACK)
         self.done: dict[str, Affine] = {}
         self.records: dict[str, dict[str, Any]] = {}
 
@@ -203,7 +198,7 @@ class _BlockWork:
         if not self._method(linear).hessian:
             return None
         begin = time.perf_counter()
-        self._heap.settle()
+        self._walk.settle()
         width = linear.shape[1]
         total = torch.zeros(width, width, dtype=torch.float32, device=self._streamed.device)
         tokens = 0
@@ -228,6 +223,7 @@ class _BlockWork:
                 try:
                     if settings not in shared.prepared:
                         shared.prepared[settings] = method.prepare(shared.hessian, settings)
+                        self._walk.settle()
                     prepared = shared.prepared[settings]
                 except SingularHessianError as error:
                     fallback = str(error)
@@ -253,6 +249,7 @@ class _BlockWork:
         if self._job.propagate == "compressed":
             self._streamed.replace(linear.name, dense)
         self._walk.pass_by(linear.name)
+        self._walk.settle()
         self._clock.add("solve", begin)
 
     def _method(self, linear: Linear) -> LayerMethod:

@@ -32,8 +32,7 @@ class Affine:
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int) -> Affine:
         """Pack signed codes [out, in] in -2**(bits-1) ... 2**(bits-1)-1."""
-        unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-        return cls(pack(unsigned, bits), scale, zero_point, bits, (codes.shape[0], codes.shape[1]))
+        return cls(pack(_unsigned(codes, bits), bits), scale, zero_point, bits, (codes.shape[0], codes.shape[1]))
 
     @property
     def group_size(self) -> int:
@@ -54,8 +53,7 @@ class Affine:
 
     def codes(self) -> Tensor:
         """The signed codes, int8 [out, in]."""
-        unsigned = unpack(self.packed, self.bits, self.shape[1])
-        return (unsigned.to(torch.int16) - (1 << (self.bits - 1))).to(torch.int8)
+        return _signed(unpack(self.packed, self.bits, self.shape[1]), self.bits)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [out, in] it stands for, computed in the scale's dtype as the runtimes do, then cast."""
@@ -107,12 +105,19 @@ class Affine:
         return {"bits": self.bits}
 
 
+def _unsigned(codes: Tensor, bits: int) -> Tensor:
+    """int8 -2**(bits-1) ... to uint8 0 ...; the sum wraps as it must."""
+    return codes.view(torch.uint8) + (1 << (bits - 1))
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    return (codes - (1 << (bits - 1))).view(torch.int8)
+
+
 def _pack_rows(zero_point: Tensor, bits: int) -> Tensor:
     """[out, groups] int8 -> [words, groups] int32: zero points are packed down the rows."""
-    unsigned = (zero_point.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-    return pack(unsigned.T, bits).T.contiguous()
+    return pack(_unsigned(zero_point, bits).T, bits).T.contiguous()
 
 
 def _unpack_rows(packed: Tensor, bits: int, rows: int) -> Tensor:
-    unsigned = unpack(packed.T.contiguous(), bits, rows)
-    return (unsigned.to(torch.int16) - (1 << (bits - 1))).to(torch.int8).T.contiguous()
+    return _signed(unpack(packed.T.contiguous(), bits, rows), bits).T.contiguous()

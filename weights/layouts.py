@@ -13,13 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import torch
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    QuantizationStatus,
-    QuantizationStrategy,
-)
 from torch import Tensor
 
 from .affine import Affine
@@ -71,6 +64,9 @@ def quantization_config(
             "scale_dtype": str(scale_dtype).removeprefix("torch."),
             "modules": modules,
         }
+    # Imported here, not above: the library takes 10 MB, and this is wanted when all else is done.
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+
     common = Counter(schemes.values()).most_common()
     groups = {}
     for number, (scheme, _) in enumerate(common):
@@ -92,7 +88,9 @@ def quantization_config(
     return written
 
 
-def _arguments(scheme: Scheme) -> QuantizationArgs:
+def _arguments(scheme: Scheme) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+
     return QuantizationArgs(
         num_bits=scheme.bits,
         symmetric=scheme.symmetric,

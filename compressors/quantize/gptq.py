@@ -89,19 +89,22 @@ def inverse_factor(hessian: Tensor, *, damping: float, max_damping: float, order
 def _upper(hessian: Tensor, diagonal: Tensor, backwards: Tensor, precision: torch.dtype) -> Tensor | None:
     """U with H⁻¹ = UᵀU for hessian [in, in] with this diagonal [in], or None if it isn't positive definite.
 
-    backwards [in]: the columns, the last first. Wide Hessians are large, so no step keeps the matrix before it.
+    backwards [in]: the columns, the last first. Wide Hessians are large: this works in two matrices, no more.
     """
-    matrix = hessian[backwards[:, None], backwards].to(precision)
-    matrix.diagonal().copy_(diagonal[backwards])
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    del matrix
+    one = hessian.index_select(0, backwards).to(precision)
+    two = one.index_select(1, backwards)
+    two.diagonal().copy_(diagonal[backwards])
+    info = torch.empty((), dtype=torch.int32, device=two.device)
+    torch.linalg.cholesky_ex(two, out=(one.mT, info))  # laid out by columns, as LAPACK wants it
     if int(info) != 0:
         return None
-    root = lower.flip(0, 1)
-    del lower
-    upper = torch.eye(len(root), dtype=root.dtype, device=root.device)
-    torch.linalg.solve_triangular(root, upper, upper=True, out=upper)
-    return upper if bool(torch.isfinite(upper).all()) else None
+    two.zero_().fill_diagonal_(1)
+    torch.linalg.solve_triangular(one.mT, two, upper=False, out=two)
+    if not all(torch.isfinite(edge) for edge in two.aminmax()):
+        return None
+    order = torch.arange(len(two) - 1, -1, -1, device=two.device)
+    torch.index_select(two, 0, order, out=one)
+    return torch.index_select(one, 1, order, out=two)
 
 
 def gptq(weight: Tensor, factor: InverseFactor, grid: AffineGrid, *, block_size: int = 128) -> Affine:
@@ -111,11 +114,11 @@ def gptq(weight: Tensor, factor: InverseFactor, grid: AffineGrid, *, block_size:
     """
     rows, columns = weight.shape
     remaining = weight.T[factor.order].contiguous()
-    codes = torch.empty_like(remaining)
+    codes = torch.empty_like(remaining, dtype=torch.int8)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         scale, zero_point = grid.columns(factor.order[start:stop], rows=rows, in_features=columns)
-        codes[start:stop], errors = gptq_columns(
+        levels, errors = gptq_columns(
             remaining[start:stop],
             factor.upper[start:stop, start:stop],
             scale,
@@ -123,7 +126,6 @@ def gptq(weight: Tensor, factor: InverseFactor, grid: AffineGrid, *, block_size:
             bits=grid.bits,
             value_dtype=grid.dtype,
         )
+        codes[factor.order[start:stop]] = levels.to(torch.int8)
         remaining[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
-    original = torch.empty_like(codes)
-    original[factor.order] = codes
-    return grid.weight(original.T)
+    return grid.weight(codes.T)
