@@ -50,7 +50,7 @@ class CheckpointWriter:
         lock = _lock(partial, target)
         try:
             _undo_half_replacement(target)
-            _check_target(target, overwrite=overwrite, resume=resume, has_partial=not is_new)
+            check_target(target, overwrite=overwrite, resume=resume, has_partial=not is_new)
             journal = _start(partial, target, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
         except BaseException:
             if is_new:
@@ -255,7 +255,8 @@ def _undo_half_replacement(target: Path) -> None:
             (target / JOURNAL).unlink(missing_ok=True)
 
 
-def _check_target(target: Path, *, overwrite: bool, resume: bool, has_partial: bool) -> None:
+def check_target(target: Path, *, overwrite: bool, resume: bool = False, has_partial: bool = False) -> None:
+    """Raise OutputError if `target` holds something that may not be replaced."""
     if not target.exists():
         return
     if not target.is_dir():

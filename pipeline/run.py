@@ -14,7 +14,7 @@ import torch
 
 from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.writer import clean_up
+from modelzip.checkpoints.writer import check_target, clean_up
 from modelzip.evaluation.gates import parse_gates, require_measured
 from modelzip.evaluation.report import report_json, validate, write_report
 from modelzip.recipes.load import recipe_data
@@ -60,6 +60,8 @@ def run_recipe(
     gates = parse_gates(recipe.evaluate.fail_if)
     require_measured(gates, evaluation=recipe.evaluate.enabled)
     device = pick_device(recipe.device)
+    if not resume:
+        check_target(output, overwrite=overwrite)  # again, before the first look at the model: to open it may take long
     if recipe.model is not None and recipe.model.lower().endswith(".gguf"):
         progress.say(f"reading {recipe.model}: the first time, it is turned into safetensors in the cache")
     checkpoint = _open(recipe)

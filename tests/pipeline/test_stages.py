@@ -178,3 +178,12 @@ def test_a_killed_run_ends_in_the_same_bytes(speaking, compress, text_file, kill
     assert [path.name for path in same if path.read_bytes() != (killed / path.name).read_bytes()] == []
     assert [row["error"] for row in result.report["modules"]] == [row["error"] for row in done[1]["modules"]]
     assert hidden(killed.parent) == []
+
+
+def test_an_output_that_exists_is_refused_before_the_model_is_opened(saved, compress, tmp_path, monkeypatch):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "config.json").write_text("{}")
+    monkeypatch.setattr("modelzip.pipeline.run._open", lambda _: pytest.fail("opened"))
+    with pytest.raises(OutputError, match=r"exists already; give --overwrite to replace it"):
+        compress(saved("llama"), taken, {"method": "rtn"})
