@@ -106,8 +106,8 @@ class Affine:
 
 
 def _unsigned(codes: Tensor, bits: int) -> Tensor:
-    """int8 -2**(bits-1) ... to uint8 0 ...; the sum wraps as it must."""
-    return codes.view(torch.uint8) + (1 << (bits - 1))
+    """-2**(bits-1) ... to uint8 0 ...; the sum wraps as it must."""
+    return codes.to(torch.int8).view(torch.uint8) + (1 << (bits - 1))
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
