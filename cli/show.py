@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from modelzip.evaluation.fallbacks import gathered
+
 from .output import write_rich
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def show_report(report: Mapping[str, Any]) -> None:
     table = Table("", "original", "compressed", title="Result", title_justify="left")
     for name, before, after in _figures(report):
         table.add_row(name, before, after)
-    fallbacks = [str(one) for one in report.get("fallbacks") or ()]
+    fallbacks = gathered(str(one) for one in report.get("fallbacks") or ())
     lines = [Text(f"fallback: {line}") for line in fallbacks[:10]]
     if len(fallbacks) > 10:
         lines.append(Text(f"and {len(fallbacks) - 10} more fallbacks, all in report.json"))

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from modelzip.checkpoints.errors import RecipeError
 
+from .fallbacks import gathered
 from .schema import Module, Report
 
 __all__ = ["Report", "report_json", "report_markdown", "report_schema", "validate", "write_report"]
@@ -134,9 +135,10 @@ def _protocol(report: Report) -> str:
 def _fallbacks(sentences: Sequence[str]) -> str:
     if not sentences:
         return "Everything went as asked: no fallbacks."
-    shown = [f"- {sentence}" for sentence in sentences[:FALLBACKS_SHOWN]]
-    if len(sentences) > FALLBACKS_SHOWN:
-        shown.append(f"- and {len(sentences) - FALLBACKS_SHOWN} more in report.json")
+    lines = gathered(sentences)
+    shown = [f"- {line}" for line in lines[:FALLBACKS_SHOWN]]
+    if len(lines) > FALLBACKS_SHOWN:
+        shown.append(f"- and {len(lines) - FALLBACKS_SHOWN} more in report.json")
     return f"Fallbacks ({len(sentences)}):\n\n" + "\n".join(shown)
 
 

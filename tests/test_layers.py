@@ -11,7 +11,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOT_PACKAGES = {"tests", "benchmarks", "docs", "tools", "build", "dist"}
 LIGHT = re.compile(r"(cli|recipes)/.*|compressors/(__init__|settings)\.py|compressors/\w+/(__init__|settings)\.py")
-LIGHT_FILES = {"checkpoints/__init__.py", "checkpoints/errors.py", "evaluation/__init__.py", "evaluation/gates.py"}
+LIGHT_FILES = {
+    "checkpoints/__init__.py",
+    "checkpoints/errors.py",
+    "evaluation/__init__.py",
+    "evaluation/gates.py",
+    "evaluation/fallbacks.py",
+}
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "numpy", "huggingface_hub", "safetensors"}
 
 
