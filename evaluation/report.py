@@ -73,8 +73,13 @@ def report_markdown(report: Report) -> str:
 
 
 def _title(report: Report) -> str:
-    source = _code(report.source.name)
-    return f"# modelzip {report.command}: {source}" + (f" → {_code(report.output)}" if report.output else "")
+    source, output = (_code(_short(name)) for name in (report.source.name, report.output or ""))
+    return f"# modelzip {report.command}: {source}" + (f" → {output}" if report.output else "")
+
+
+def _short(name: str) -> str:
+    """A path's last part; hub ids stay whole."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _headline(report: Report) -> str:
