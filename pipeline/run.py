@@ -60,9 +60,9 @@ def run_recipe(
     gates = parse_gates(recipe.evaluate.fail_if)
     require_measured(gates, evaluation=recipe.evaluate.enabled)
     device = pick_device(recipe.device)
-    if not resume:
-        check_target(output, overwrite=overwrite)  # again, before the first look at the model: to open it may take long
     if recipe.model is not None and recipe.model.lower().endswith(".gguf"):
+        if not resume:
+            check_target(output, overwrite=overwrite)  # as for all models later, but to open this one takes a while
         progress.say(f"reading {recipe.model}: the first time, it is turned into safetensors in the cache")
     checkpoint = _open(recipe)
     _check_data(recipe)

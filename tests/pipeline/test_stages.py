@@ -180,10 +180,10 @@ def test_a_killed_run_ends_in_the_same_bytes(speaking, compress, text_file, kill
     assert hidden(killed.parent) == []
 
 
-def test_an_output_that_exists_is_refused_before_the_model_is_opened(saved, compress, tmp_path, monkeypatch):
+def test_an_output_that_exists_is_refused_before_a_gguf_file_is_converted(compress, tmp_path, monkeypatch):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "config.json").write_text("{}")
     monkeypatch.setattr("modelzip.pipeline.run._open", lambda _: pytest.fail("opened"))
     with pytest.raises(OutputError, match=r"exists already; give --overwrite to replace it"):
-        compress(saved("llama"), taken, {"method": "rtn"})
+        compress(tmp_path / "model.gguf", taken, {"method": "rtn"})
