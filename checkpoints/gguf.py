@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,10 +16,10 @@ from types import TracebackType
 from typing import Final
 
 from .errors import CheckpointError
+from .fresh import FreshProcessError, fresh
 from .shards import disk_errors, file_sha256
 
 MAGIC: Final = b"GGUF"
-_MARK: Final = "modelzip-gguf-error: "
 
 
 def converted(file: Path) -> Path:
@@ -35,7 +34,7 @@ def converted(file: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{stem[:64]}.", dir=folder.parent))
     try:
-        _convert_in_subprocess(file, draft)
+        _convert_apart(file, draft)
         with disk_errors(folder.parent):
             draft.chmod(0o755)
             if not folder.exists():  # or else another process was faster, with the same bytes
@@ -82,23 +81,20 @@ def _check_magic(file: Path) -> None:
         raise CheckpointError(f"{file} is not a GGUF file: it doesn't begin with the bytes GGUF; download it again.")
 
 
-def _convert_in_subprocess(file: Path, folder: Path) -> None:
-    command = [sys.executable, "-m", "modelzip.checkpoints.gguf", str(file.absolute()), str(folder.absolute())]
-    # From an empty folder, so that nothing in the current one is taken for a module.
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode == 0:
-        return
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    marked = [line.removeprefix(_MARK) for line in lines if line.startswith(_MARK)]
-    reason = marked[-1] if marked else f"exit status {done.returncode}, {lines[-1] if lines else 'killed'}"
-    raise CheckpointError(f"{file} can't be converted from GGUF: {reason.rstrip('.')}.")
+def _convert_apart(file: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="modelzip-") as place:
+        try:
+            with fresh("modelzip.checkpoints.gguf", str(file.absolute()), str(folder.absolute()), place=Path(place)):
+                pass
+        except FreshProcessError as error:
+            raise CheckpointError(f"{file} can't be converted from GGUF: {str(error).rstrip('.')}.") from None
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     first = str(error).strip().splitlines() or ["no message"]
-    print(f"{_MARK}{kind.__name__}: {first[0]}", file=sys.stderr)
+    print(f"{kind.__name__}: {first[0]}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.excepthook = _report  # whatever fails in a foreign library becomes one line for the caller
+    sys.excepthook = _report  # whatever fails in a foreign library ends in one line for the caller
     convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -17,9 +17,6 @@ from .progress import Progress
 from .selftext import self_windows
 from .text import Windows, read_windows
 
-SELF_HELD_BACK = 8
-"""Windows that a model writes for its own evaluation, behind those for calibration."""
-
 
 def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises CheckpointError if it has none that transformers can open."""
@@ -59,32 +56,32 @@ def calibration_windows(
     model: Any,
     *,
     seed: int,
+    needed: bool,
     held_back: int,
     device: torch.device,
     progress: Progress,
-) -> tuple[Windows, Windows | None]:
-    """The windows to calibrate on, and up to `held_back` further ones of the same source (None if there are none).
+) -> tuple[Windows | None, Windows | None]:
+    """The windows to calibrate on if they are `needed`, and up to `held_back` others of the same source.
 
-    The former don't depend on `held_back`. device: where the model writes, if it is its own source.
+    Each None if there are none; neither depends on whether the other is wanted. device: where the model writes, if it
+    is its own source.
     """
     if calibration.seq_len > (limit := longest(model)):
         raise CalibrationError(f"--seq-len is {calibration.seq_len}, but the model takes at most {limit} tokens.")
     samples, seq_len = calibration.samples, calibration.seq_len
     if calibration.source == "self":
-        vocabulary = model.config.get_text_config().vocab_size
-        every = self_windows(
+        used, held = self_windows(
             checkpoint.folder,
             writes=is_causal(model),
-            vocabulary=vocabulary,
+            vocabulary=model.config.get_text_config().vocab_size,
             excluded=_special(model.config),
-            count=samples + SELF_HELD_BACK,  # even if none are held back: the others must not depend on it
+            counts=(samples if needed else 0, held_back),
             seq_len=seq_len,
             seed=seed,
             device=device,
-            report=lambda done, total: progress.step("write text", done, total, "the model's own, to calibrate on"),
+            report=lambda done, total: progress.step("write text", done, total, "the model's own"),
         )
-        used = every.tokens[: samples + held_back]
-        return Windows(used, every.source).split(samples, rest=f"{every.source}, held back")
+        return used if needed else None, Windows(held.tokens, f"{held.source}, held back") if held_back else None
     every = read_windows(
         calibration.source,
         tokenizer_of(checkpoint),
@@ -94,7 +91,8 @@ def calibration_windows(
         seq_len=seq_len,
         least=samples,
     )
-    return every.split(samples, rest=f"{calibration.source}, held back from calibration")
+    used, kept = every.split(samples, rest=f"{calibration.source}, held back from calibration")
+    return used if needed else None, kept
 
 
 def evaluation_windows(evaluation: Evaluation, checkpoint: Checkpoint, model: Any) -> Windows:

@@ -95,12 +95,14 @@ def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:
     held_back = recipe.evaluate.windows if recipe.evaluate.enabled and recipe.evaluate.data is None else 0
     calibration: Windows | None = None
     kept: Windows | None = None
-    if held_back or any(plan.needs_data for plan in run.plans):
+    needed = any(plan.needs_data for plan in run.plans)
+    if needed or held_back:
         calibration, kept = calibration_windows(
             recipe.calibration,
             run.checkpoint,
             model,
             seed=recipe.seed,
+            needed=needed,
             held_back=held_back,
             device=run.context.device,
             progress=run.context.progress,
@@ -160,7 +162,6 @@ def _measured(run: Run, calibration: Windows | None, kept: Windows | None) -> Re
             progress=run.context.progress,
         )
         run.context.clock.add("evaluate", begin)
-    used = calibration if any(plan.needs_data for plan in run.plans) else None
     provenance = read_provenance(run.output, run.context.fingerprint)
     assert provenance is not None
     modules, fallbacks = module_rows(run.plans, provenance["modules"])
@@ -176,7 +177,7 @@ def _measured(run: Run, calibration: Windows | None, kept: Windows | None) -> Re
             },
             "output": str(run.output),
             "plan": plan_summary(run.plans),
-            "calibration": calibration_section(used, run.context.recipe.seed),
+            "calibration": calibration_section(calibration, run.context.recipe.seed),
             "modules": modules,
             "fallbacks": [*fallbacks, *unverified],
             "evaluation": evaluation,

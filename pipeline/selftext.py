@@ -8,9 +8,10 @@ encoder-decoders) get tokens drawn evenly from the vocabulary instead, and the s
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from modelzip.checkpoints.errors import CalibrationError
+from modelzip.checkpoints.fresh import FreshProcessError, fresh
 from modelzip.checkpoints.streamed import native_bfloat16
 
-from .fresh import FreshProcessError, fresh
 from .text import Windows
 
 CACHE_BYTES = 2 << 30
@@ -37,24 +38,27 @@ def self_windows(
     writes: bool,
     vocabulary: int,
     excluded: frozenset[int],
-    count: int,
+    counts: Sequence[int],
     seq_len: int,
     seed: int,
     device: torch.device,
     report: Report,
-) -> Windows:
-    """`count` windows of `seq_len` tokens from the model in `folder`, or even draws if it can't write (`writes`).
+) -> list[Windows]:
+    """Parts of `counts` windows of `seq_len` tokens from the model in `folder`, or even draws if it doesn't write.
 
-    The whole model is needed for this, so it runs in a process of its own. excluded: special tokens, never drawn
-    evenly. Raises CalibrationError if the model can't be run.
+    A part doesn't depend on the sizes of the others. The whole model is needed for this, so it runs in a process of its
+    own. excluded: special tokens, never drawn evenly. Raises CalibrationError if the model can't be run.
     """
     if not writes:
         allowed = torch.tensor([token for token in range(vocabulary) if token not in excluded], dtype=torch.int64)
-        drawn = torch.randint(len(allowed), (count, seq_len), generator=torch.Generator().manual_seed(seed))
-        return Windows(allowed[drawn], "self (even draws)")
+        drawn = (
+            torch.randint(len(allowed), (count, seq_len), generator=chance(seed, part))
+            for part, count in enumerate(counts)
+        )
+        return [Windows(allowed[part], "self (even draws)") for part in drawn]
     with tempfile.TemporaryDirectory(prefix="modelzip-") as name:
         place = Path(name)
-        what = [str(device), str(count), str(seq_len), str(seed)]
+        what = [str(device), str(seq_len), str(seed), *map(str, counts)]
         try:
             with fresh(__name__, str(folder.absolute()), "tokens.pt", *what, place=place) as lines:
                 for line in lines:
@@ -65,32 +69,49 @@ def self_windows(
                 f"The model couldn't write its own calibration text ({error}): check the model, or give "
                 "--calibration FILE."
             ) from None
-        return Windows(torch.load(place / "tokens.pt", weights_only=True), "self")
+        return [Windows(part, "self") for part in torch.load(place / "tokens.pt", weights_only=True)]
+
+
+def chance(seed: int, part: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A part's own source of random numbers. (Of a CPU generator's seed only 32 bits count, hence the hash.)"""
+    digest = hashlib.sha256(f"{seed} {part}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 @torch.inference_mode()
-def write(model: Any, *, count: int, seq_len: int, seed: int, report: Report) -> Tensor:
-    """Sample windows from a causal language model, int64 [count, seq_len]. Exits if its logits are NaN or infinite."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-    groups = torch.arange(count).tensor_split(-(-count // _most_rows(model, seq_len)))
-    written = []
-    for number, group in enumerate(groups):
-        token = _even(model, len(group), generator)
-        tokens, cache = [token], None
-        for step in range(1, seq_len):
-            out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            if cache is None:
-                cache = _roomy(out.past_key_values, seq_len)
-            token = draw(out.logits[:, -1], generator)
-            tokens.append(token)
-            report(number * seq_len + step + 1, len(groups) * seq_len)
-        written.append(torch.cat(tokens, 1).cpu())
-    return torch.cat(written)
+def write(model: Any, *, counts: Sequence[int], seq_len: int, seed: int, report: Report) -> list[Tensor]:
+    """Sample parts of `counts` windows from a causal language model, each int64 [count, seq_len].
 
-
-def _even(model: Any, rows: int, generator: torch.Generator) -> Tensor:
+    Exits if its logits are NaN or infinite.
+    """
+    most = _most_rows(model, seq_len)
+    sizes = [[min(most, count - begin) for begin in range(0, count, most)] for count in counts]
+    total, done = sum(map(len, sizes)) * (seq_len - 1), 0
     vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (rows, 1), generator=generator, device=model.device)
+    parts = []
+    for part, groups in enumerate(sizes):
+        generator = chance(seed, part, model.device)
+        written = [torch.empty(0, seq_len, dtype=torch.int64)]
+        for rows in groups:
+            tokens = torch.randint(vocabulary, (rows, 1), generator=generator, device=model.device)
+            cache = None
+            for _ in range(1, seq_len):
+                logits, cache = _next(model, tokens, cache, seq_len)
+                tokens = torch.cat([tokens, draw(logits, generator)], 1)
+                done += 1
+                report(done, total)
+            written.append(tokens.cpu())
+        parts.append(torch.cat(written))
+    return parts
+
+
+def _next(model: Any, tokens: Tensor, cache: Any, seq_len: int) -> tuple[Tensor, Any]:
+    """The logits behind tokens [rows, tokens], and the cache: None if the model gives none that it would take back."""
+    if cache is None:
+        out = model(input_ids=tokens)
+        cache = getattr(out, "past_key_values", None)
+        return out.logits[:, -1], None if cache is None else _roomy(cache, seq_len)
+    return model(input_ids=tokens[:, -1:], past_key_values=cache).logits[:, -1], cache
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -109,9 +130,9 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _most_rows(model: Any, seq_len: int) -> int:
     """Windows to be written side by side: the more, the faster, as long as their keys and values find room."""
     one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    cache = model(input_ids=one, use_cache=True).past_key_values
-    kept = [t for layer in getattr(cache, "layers", []) for t in (layer.keys, layer.values) if t is not None]
-    row = seq_len * sum(int(tensor.nbytes) for tensor in kept)
+    layers = getattr(getattr(model(input_ids=one), "past_key_values", None), "layers", [])
+    kept = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
+    row = seq_len * sum(int(tensor.nbytes) for tensor in kept if tensor is not None)
     weights = sum(int(parameter.nbytes) for parameter in model.parameters())
     return max(1, max(CACHE_BYTES, weights) // max(row, 1))
 
@@ -143,16 +164,17 @@ def _roomy(cache: Any, length: int) -> Any:
     return cache
 
 
-def _main(folder: str, out: str, device: str, count: str, seq_len: str, seed: str) -> None:
+def _main(folder: str, out: str, device: str, seq_len: str, seed: str, *counts: str) -> None:
     from transformers import AutoModelForCausalLM
 
     import modelzip.weights  # noqa: F401  # so that a model in our own layout can write too
 
     dtype = torch.bfloat16 if native_bfloat16(torch.device(device)) else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
+    model.config.get_text_config().use_cache = True
     windows = write(
         model,
-        count=int(count),
+        counts=[int(count) for count in counts],
         seq_len=int(seq_len),
         seed=int(seed),
         report=lambda done, total: print(done, total, flush=True),

@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modelzip.checkpoints.errors import OutputError
+from modelzip.checkpoints.fresh import FreshProcessError, fresh
 from modelzip.evaluation.outputs import main_output
-
-from .fresh import FreshProcessError, fresh
 
 TOLERANCE = 1e-3
 """Largest allowed difference of a logit, relative to the largest logit; both sides compute in fp32."""

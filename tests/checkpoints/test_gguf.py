@@ -69,7 +69,7 @@ def test_a_gguf_file_opens_once_as_a_plain_checkpoint_with_its_tokenizer(pico, c
     file, tensors = pico
     checkpoint = Checkpoint.open(str(file))
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_convert_in_subprocess", lambda *_: pytest.fail("converted again"))
+        patch.setattr(room, "_convert_apart", lambda *_: pytest.fail("converted again"))
         assert Checkpoint.open(str(file)).folder == checkpoint.folder
     assert [path.name for path in (cache / "gguf").iterdir()] == [checkpoint.folder.name]
     assert checkpoint.source == str(file)

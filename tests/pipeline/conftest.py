@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import modelzip.weights  # noqa: F401  # as the fresh process does for modelzip's own layout
+from modelzip.checkpoints.fresh import FreshProcessError
 from modelzip.compressors.quantize.gptq import gptq, inverse_factor
 from modelzip.compressors.quantize.grid import fit_grid
 from modelzip.compressors.quantize.rtn import rtn
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
 from modelzip.pipeline import selftext, verify
-from modelzip.pipeline.fresh import FreshProcessError
 from modelzip.pipeline.run import Result, run_recipe
 from modelzip.recipes.load import parse_recipe
 from modelzip.weights.affine import Affine
@@ -50,7 +50,7 @@ class Progress:
 
 @contextmanager
 def played(module: str, *arguments: str, place: Path) -> Iterator[Iterator[str]]:
-    """A `pipeline.fresh.fresh` that plays our module in this process."""
+    """A `checkpoints.fresh.fresh` that plays our module in this process."""
     told = StringIO()
     try:
         with chdir(place), redirect_stdout(told):

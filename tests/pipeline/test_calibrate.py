@@ -129,13 +129,14 @@ def test_the_windows_after_the_calibration_windows_are_the_evaluation_windows(me
     assert protocol["source"].endswith("text.txt, held back from calibration")
 
 
-def windows_of(model: Path, calibration: Calibration, *, held_back: int = 0, seed: int = 0) -> Any:
+def windows_of(model: Path, calibration: Calibration, *, needed: bool = True, held_back: int = 0, seed: int = 0) -> Any:
     checkpoint = Checkpoint.open(str(model))
     return calibration_windows(
         calibration,
         checkpoint,
         skeleton(checkpoint),
         seed=seed,
+        needed=needed,
         held_back=held_back,
         device=torch.device("cpu"),
         progress=SimpleNamespace(step=lambda *_: None),
@@ -157,9 +158,12 @@ def test_self_is_the_same_for_a_seed_and_other_for_another(saved, here, name):
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_what_is_held_back_neither_changes_nor_repeats_the_calibration_windows(saved, here, name):
     alone, none = here(lambda: windows_of(saved(name), SELF))
+    nothing, same = here(lambda: windows_of(saved(name), SELF, needed=False, held_back=8))
     some, held = here(lambda: windows_of(saved(name), SELF, held_back=8))
     assert none is None
+    assert nothing is None
     assert torch.equal(alone.tokens, some.tokens)
+    assert torch.equal(same.tokens, held.tokens)
     assert held.tokens.shape == (8, 8)
     assert not set(map(tuple, held.tokens.tolist())) & set(map(tuple, some.tokens.tolist()))
 
@@ -175,20 +179,42 @@ def test_the_models_own_text_follows_its_own_distribution(saved, models, here):
     assert own < chance - 0.5  # measured: 4.06 and 5.12
 
 
+@pytest.mark.parametrize("is_kept", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2"])
-def test_the_text_is_what_the_model_gives_run_anew_on_every_prefix(models, name, monkeypatch):
+def test_the_text_is_what_the_model_gives_run_anew_on_every_prefix(models, name, is_kept, monkeypatch):
     model = models.FAMILIES[name].build()
+    model.config.use_cache = is_kept
     monkeypatch.setattr(selftext, "_most_rows", lambda *_: 3)
-    written = selftext.write(model, count=5, seq_len=12, seed=1, report=lambda *_: None)
-    generator = torch.Generator().manual_seed(1)
+    reports: list[tuple[int, int]] = []
+    written = selftext.write(model, counts=[5, 0, 2], seq_len=12, seed=1, report=lambda *step: reports.append(step))
     naive = []
-    for rows in (3, 2):
-        tokens = torch.randint(models.VOCABULARY, (rows, 1), generator=generator)
-        while tokens.shape[1] < 12:
-            logits = model(input_ids=tokens, use_cache=False).logits[:, -1]
-            tokens = torch.cat([tokens, selftext.draw(logits, generator)], 1)
-        naive.append(tokens)
-    assert torch.equal(written, torch.cat(naive))
+    for part, rows in ((0, (3, 2)), (2, (2,))):
+        generator = selftext.chance(1, part)
+        for count in rows:
+            tokens = torch.randint(models.VOCABULARY, (count, 1), generator=generator)
+            while tokens.shape[1] < 12:
+                logits = model(input_ids=tokens, use_cache=False).logits[:, -1]
+                tokens = torch.cat([tokens, selftext.draw(logits, generator)], 1)
+            naive.append(tokens)
+    assert [part.shape[0] for part in written] == [5, 0, 2]
+    assert torch.equal(torch.cat(written), torch.cat(naive))
+    assert reports == [(done, 33) for done in range(1, 34)]
+
+
+def test_a_model_that_hands_out_nothing_but_logits_writes_too(models):
+    model = models.FAMILIES["llama"].build()
+    wanted = selftext.write(model, counts=[2], seq_len=6, seed=0, report=lambda *_: None)
+    bare = SimpleNamespace(device=model.device, config=model.config, parameters=model.parameters)
+
+    class Bare:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(bare, name)
+
+        def __call__(self, input_ids: torch.Tensor) -> Any:
+            return SimpleNamespace(logits=model(input_ids, use_cache=False).logits)
+
+    written = selftext.write(Bare(), counts=[2], seq_len=6, seed=0, report=lambda *_: None)
+    assert torch.equal(written[0], wanted[0])
 
 
 def test_tokens_are_drawn_as_often_as_the_logits_say():

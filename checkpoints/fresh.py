@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 class FreshProcessError(Exception):
@@ -15,7 +16,7 @@ class FreshProcessError(Exception):
 
 
 @contextmanager
-def fresh(module: str, *arguments: str, place: Path) -> Iterator[Iterator[str]]:
+def fresh(module: str, *arguments: str, place: Path) -> Iterator[IO[str]]:
     """Run `python -m module arguments` in the empty folder `place`; gives its lines of output while it runs.
 
     The process doesn't reach for the network. On leaving, it is waited for, or killed if the body failed.
@@ -35,11 +36,10 @@ def fresh(module: str, *arguments: str, place: Path) -> Iterator[Iterator[str]]:
     ):
         assert process.stdout is not None
         try:
-            yield iter(process.stdout)
+            yield process.stdout
             process.communicate()
-        except BaseException:
-            process.kill()
-            raise
+        finally:
+            process.kill()  # has no effect on one that has ended
     if process.returncode < 0:
         raise FreshProcessError(f"it was killed by signal {-process.returncode}, maybe for want of memory")
     if process.returncode > 0:
