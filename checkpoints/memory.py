@@ -1,13 +1,20 @@
-"""Freed memory given back to the system, where the C library is glibc; elsewhere nothing happens."""
+"""How much memory the process holds: freed memory given back to the system, and storage outside the heap.
+
+Giving back works where the C library is glibc; elsewhere nothing happens.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import gc
+import mmap
 import sys
-from typing import Any
+import weakref
+from typing import TYPE_CHECKING, Any, Final
 
 import psutil
+
+if TYPE_CHECKING:
+    from torch import UntypedStorage
 
 SLACK_BYTES = 12 << 20
 """Idle memory that is left alone even when the process is at its fullest."""
@@ -44,6 +51,29 @@ def give_back() -> None:
         trim(0)
 
 
+def keep_freed() -> None:
+    """Have the allocator keep what is freed, but for the largest pieces, until `give_back` is called.
+
+    For a process of our own: it holds for the whole process, and for good.
+    """
+    mallopt = _of_libc("mallopt")
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        mallopt(M_TRIM_THRESHOLD, NEVER_BYTES)
+
+
+_PAGES: Final[weakref.WeakSet[mmap.mmap]] = weakref.WeakSet()
+
+
+def apart(size: int) -> UntypedStorage:
+    """CPU storage of `size` bytes outside the heap, given back to the system as soon as it is dropped."""
+    import torch
+
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _PAGES.add(pages)
+    return torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
+
+
 class Heap:
     """Keeps the process from holding much more memory than it needs at its fullest, and from giving back what it is
     about to use.
@@ -57,28 +87,25 @@ class Heap:
         self._process = psutil.Process()
         self._mallinfo = _of_libc("mallinfo2")
         if self._mallinfo is not None:
-            mallopt = _of_libc("mallopt")
-            mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
-            mallopt(M_TRIM_THRESHOLD, NEVER_BYTES)
             self._mallinfo.restype = _Mallinfo2
-            gc.collect()
-            give_back()
-            self._outside = self._resident() - self._handed_out()
+            self._give_back()
             self._most = 0
 
-    def settle(self, *, elsewhere: int) -> None:
-        """Give back if too much lies idle. elsewhere: bytes in use now that glibc didn't hand out."""
+    def settle(self) -> None:
+        """Give back if too much lies idle."""
         if self._mallinfo is None:
             return
-        in_use = self._handed_out() + elsewhere + self._outside
-        self._most = max(self._most, in_use)
+        self._most = max(self._most, self._handed_out() + self._others)
         if self._resident() > self._most + SLACK_BYTES:
-            give_back()
-            self._outside = self._resident() - self._handed_out() - elsewhere
+            self._give_back()
+
+    def _give_back(self) -> None:
+        give_back()
+        self._others = self._resident() - self._handed_out()
 
     def _resident(self) -> int:
         return int(self._process.memory_info().rss)
 
     def _handed_out(self) -> int:
         info = self._mallinfo()
-        return int(info.uordblks + info.hblkhd)
+        return int(info.uordblks + info.hblkhd) + sum(map(len, _PAGES))

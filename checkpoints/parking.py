@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from .memory import apart
+
 LEAST_BYTES = 1 << 18
 """Smaller tensors stay where they are."""
 
@@ -57,21 +59,19 @@ class Parking:
             self._slots[size] = [slot for slot in self._slots[size] if _uses(slot) > 1]
         self._seen[batch] = [weakref.ref(tensor) for tensor in held]
 
+    def forget(self, batch: int) -> None:
+        """What the batch was seen with needn't be parked."""
+        self._seen.pop(batch, None)
+
     def _move(self, storage: UntypedStorage, tensors: Iterable[Tensor]) -> None:
         size = storage.nbytes()
         slots = self._slots.setdefault(size, [])
         slot = next((slot for slot in slots if _uses(slot) == 1), None)
         if slot is None:
-            slots.append(slot := _apart(size))
+            slots.append(slot := apart(size))
         slot.copy_(storage)
         for tensor in tensors:
             tensor.set_(slot, tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
-def _apart(size: int) -> UntypedStorage:
-    """Storage outside the heap, given back to the system as soon as it is dropped."""
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
 
 
 def _uses(storage: UntypedStorage) -> int:

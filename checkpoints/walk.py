@@ -93,20 +93,23 @@ class Walk:
         result = self._walkers[batch].switch()
         if self._walkers[batch].dead:
             self.at[batch] = Stop(None)
+            self._parking.forget(batch)
             self.settle()
             return Stop(None, output=result)
         assert isinstance(result, Stop)
         self.at[batch] = result
         if result.input is not None:
             self._spill.register(batch, result.input)
-        if not self._spill.page_out(batch):
+        if self._spill.page_out(batch):
+            self._parking.forget(batch)
+        else:
             self._parking.park(batch)
         self.settle()
         return result
 
     def settle(self) -> None:
         """Give memory back to the system if the process has grown beyond what it needs."""
-        self._heap.settle(elsewhere=self._parking.nbytes())
+        self._heap.settle()
 
     @contextmanager
     def input(self, batch: int) -> Iterator[Tensor]:
@@ -120,6 +123,7 @@ class Walk:
     def leave(self, batch: int) -> None:
         """Drop the rest of a batch's forward and free what it held."""
         self._walkers[batch].throw(GreenletExit)
+        self._parking.forget(batch)
         self.at[batch] = Stop(None)
 
     def close(self) -> None:

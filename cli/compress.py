@@ -20,7 +20,7 @@ def verb(kind: str) -> Callable[..., None]:
     """The command of one kind of stage."""
     options = [MODEL, RECIPE, *settings_options(STAGES[kind]), *run_options()]
     doc = (
-        f"{kind.capitalize()} a model: {STAGES[kind].__doc__}\n\n"
+        f"{kind.capitalize()} a model. {STAGES[kind].__doc__}\n\n"
         f"With a recipe, options win over it. Example: modelzip {kind} ./my-model --method "
         f"{STAGES[kind].default_method}"
     )
@@ -61,12 +61,14 @@ def _plan(recipe: Recipe, output: Path, *, as_json: bool) -> None:
 
 
 def _run(recipe: Recipe, output: Path, values: Mapping[str, Any]) -> None:
+    from modelzip.checkpoints.memory import keep_freed
     from modelzip.evaluation.gates import check_gates, metrics, parse_gates
     from modelzip.pipeline.run import run_recipe
 
     from .progress import shown_progress
     from .show import show_report
 
+    keep_freed()
     overwrite, resume = bool(values["overwrite"]), bool(values["resume"])
     with shown_progress() as progress:
         result = run_recipe(recipe, output=output, overwrite=overwrite, resume=resume, progress=progress)

@@ -39,7 +39,7 @@ def evaluate() -> Callable[..., None]:
         *machine_options(),
         *switch_options("json", "debug"),
     ]
-    doc = "Measure a model: perplexity, and how far it is from the original."
+    doc = "Measure a model against its original. Perplexity, KL divergence, top-1 agreement, size."
     return command(options, lambda values: _evaluate(options, values), doc)
 
 
@@ -55,11 +55,13 @@ def _evaluate(options: list[Option], values: Mapping[str, Any]) -> None:
     recipe = checked(data, "", renamed=renamed, least_stages=0)
     conditions = gates.parse_gates(recipe.evaluate.fail_if)
     gates.require_measured(conditions, evaluation=True, original=values["against"] is not None)
+    from modelzip.checkpoints.memory import keep_freed
     from modelzip.pipeline.run import evaluate_models
 
     from .progress import shown_progress
     from .show import show_report
 
+    keep_freed()
     with shown_progress() as progress:
         report = evaluate_models(
             str(recipe.model),

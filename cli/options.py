@@ -49,7 +49,7 @@ class Option:
     def parameter(self) -> inspect.Parameter:
         """The parameter that makes typer offer it."""
         words = list(self.words)
-        more: dict[str, Any] = {"help": self.help.replace("[", r"\["), "rich_help_panel": self.panel}
+        more: dict[str, Any] = {"help": self.help, "rich_help_panel": self.panel}
         if self.kind != "switch":
             more["metavar"] = self.metavar
         if words:

@@ -14,6 +14,7 @@ from modelzip.recipes.json_schema import recipe_schema
 from modelzip.recipes.load import dump_recipe
 from modelzip.recipes.schema import Recipe
 
+from .help import Sectioned
 from .model import OWN_RECIPE, own_recipe
 from .options import Option, command, switch_options
 from .output import write, write_json
@@ -30,11 +31,13 @@ FILE: Final = Option(
 
 def recipe_commands() -> typer.Typer:
     """The group of commands about recipes."""
-    group = typer.Typer(help="Check a recipe, show it with all defaults, or print the schema for your editor.")
+    group = typer.Typer(help="Check recipes, show their defaults, print their schema.")
     options = [FILE, *switch_options("debug")]
-    group.command("check")(command(options, _check, "Find every mistake in a recipe."))
-    group.command("show")(command(options, _show, "Print a recipe with every default written out."))
-    group.command("schema")(command(switch_options("debug"), _schema, "Print the JSON schema of recipes."))
+    group.command("check", cls=Sectioned)(command(options, _check, "Find every mistake in a recipe."))
+    group.command("show", cls=Sectioned)(command(options, _show, "Print a recipe with every default written out."))
+    group.command("schema", cls=Sectioned)(
+        command(switch_options("debug"), _schema, "Print the JSON schema of recipes.")
+    )
     return group
 
 

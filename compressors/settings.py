@@ -14,7 +14,7 @@ class MethodSettings(BaseModel):
     values are taken, where types and ranges don't) and `negative` (what a switch is called when it is off).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
 
     summary: ClassVar[str] = ""
     citation: ClassVar[str] = ""

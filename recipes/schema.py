@@ -22,7 +22,7 @@ DEVICE: Final = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
 class Calibration(BaseModel):
     """The text that methods which need data look at."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     source: str = Field(
         default="self",
@@ -41,7 +41,7 @@ class Calibration(BaseModel):
 class Evaluation(BaseModel):
     """How the result is compared with the original."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     enabled: bool = Field(default=True, description="Evaluate the result, and report it.")
     data: str | None = Field(
@@ -63,7 +63,7 @@ class Evaluation(BaseModel):
 class Rule(BaseModel):
     """Some modules are skipped, or get other settings. Later rules win over earlier ones, field by field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     match: str = Field(
         min_length=1,
@@ -76,7 +76,7 @@ class Rule(BaseModel):
 class QuantizeStage(BaseModel):
     """Linears get integer weights, or other cheaper ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: ClassVar[str] = "quantize"
     methods: ClassVar[Mapping[str, type[MethodSettings]]] = QUANTIZE
@@ -94,7 +94,7 @@ STAGES: Final[Mapping[str, type[Stage]]] = MappingProxyType({"quantize": Quantiz
 class Recipe(BaseModel):
     """Everything that a run depends on. Precedence: these defaults, then the recipe file, then options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     model: str | None = Field(default=None, min_length=1, description="A folder, a hub id or a .gguf file.")
     revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of a hub model.")
@@ -112,6 +112,8 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type that forward passes compute in."
     )
-    calibration: Calibration = Field(default=Calibration(), description="Calibration text.")
+    calibration: Calibration = Field(default_factory=Calibration, description="Calibration text.")
     stages: tuple[Stage, ...] = Field(default=(), description="What is done, in this order.")
-    evaluate: Evaluation = Field(default=Evaluation(), description="How the result is compared with the original.")
+    evaluate: Evaluation = Field(
+        default_factory=Evaluation, description="How the result is compared with the original."
+    )

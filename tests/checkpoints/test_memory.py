@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import platform
 import sys
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from modelzip.checkpoints import memory
-from modelzip.checkpoints.memory import Heap, give_back
+from modelzip.checkpoints.memory import Heap, apart, give_back
 
 glibc = pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="only glibc keeps and gives back so"
@@ -36,7 +35,7 @@ def test_settling_gives_back_what_the_fullest_moment_did_not_need():
     heap, before = Heap(), resident()
     kept = leave_holes(128)
     holey = resident()
-    heap.settle(elsewhere=0)
+    heap.settle()
     settled = resident()
     assert holey - before > 100 * MEGABYTE  # measured: 130
     assert holey - settled > 80 * MEGABYTE  # measured: 119
@@ -48,9 +47,9 @@ def test_what_was_in_use_at_the_fullest_moment_may_lie_idle_later(monkeypatch):
     heap, calls = Heap(), []
     monkeypatch.setattr(memory, "give_back", lambda: calls.append(1))
     used = [torch.ones(1 << 14) for _ in range(2048)]
-    heap.settle(elsewhere=0)
+    heap.settle()
     del used[1::2]
-    heap.settle(elsewhere=0)
+    heap.settle()
     assert not calls
     assert len(used) == 1024
 
@@ -61,22 +60,31 @@ def test_settling_again_does_nothing_as_long_as_nothing_new_lies_idle(monkeypatc
     monkeypatch.setattr(memory, "give_back", lambda: (calls.append(1), give_back()))
     kept = leave_holes(64)
     for _ in range(3):
-        heap.settle(elsewhere=0)
+        heap.settle()
     assert len(calls) == 1
     assert len(kept) == 64
 
 
 @glibc
-@pytest.mark.parametrize("elsewhere", [0, 64 * MEGABYTE])
-def test_memory_in_use_does_not_count_as_idle_wherever_it_is(monkeypatch, elsewhere):
+def test_memory_in_use_does_not_count_as_idle_wherever_it_is(monkeypatch):
     heap, calls = Heap(), []
     monkeypatch.setattr(memory, "give_back", lambda: calls.append(1))
     small, large = [torch.ones(1 << 14) for _ in range(1024)], torch.ones(16 * MEGABYTE)
-    apart = mmap.mmap(-1, max(elsewhere, 1))
-    apart.write(b"1" * elsewhere)
-    heap.settle(elsewhere=elsewhere)
+    storage = apart(64 * MEGABYTE).fill_(1)
+    heap.settle()
     assert not calls
+    assert storage.nbytes() == 64 * MEGABYTE
     assert len(small) * small[0].nbytes + large.nbytes == 128 * MEGABYTE
+
+
+@glibc
+def test_storage_apart_is_given_back_when_it_is_dropped():
+    before = resident()
+    storage = apart(64 * MEGABYTE).fill_(1)
+    full = resident()
+    del storage
+    assert full - before > 60 * MEGABYTE
+    assert resident() - before < 4 * MEGABYTE
 
 
 def test_elsewhere_nothing_happens(monkeypatch):
@@ -84,4 +92,4 @@ def test_elsewhere_nothing_happens(monkeypatch):
     give_back()
     heap = Heap()
     monkeypatch.setattr(memory, "give_back", lambda: pytest.fail("gave back"))
-    heap.settle(elsewhere=0)
+    heap.settle()

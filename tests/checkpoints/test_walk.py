@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from modelzip.checkpoints import parking
 from modelzip.checkpoints.spill import Spill
 from modelzip.checkpoints.walk import Stop, Walk
 
@@ -265,3 +266,24 @@ def test_a_plain_call_while_batches_wait_does_not_stop():
     assert torch.equal(model(**batches[1]), truth[1])
     assert torch.equal(to_the_end(walking)[-1].output, truth[0])
     walking.close()
+
+
+def test_what_waits_is_parked_while_there_is_room_and_else_spilled(monkeypatch, tmp_path):
+    monkeypatch.setattr(parking, "LEAST_BYTES", 1)
+    model, batches = Model(), inputs(*range(5, 13))
+    wanted = [model(**batch) for batch in batches]
+    spill = Spill(sum(batch["x"].nbytes for batch in batches[:4]), tmp_path)
+    walking = Walk(model, batches, blocks=BLOCKS, outside=lambda name: None, spill=spill)
+    for _ in BLOCKS:
+        for batch in range(len(batches)):
+            walking.advance(batch)
+    parked = [at.input.untyped_storage().resizable() is False for at in walking.at]
+    spilled = [at.input.untyped_storage().nbytes() == 0 for at in walking.at]
+    assert any(parked)
+    assert any(spilled)
+    assert not any(one and other for one, other in zip(parked, spilled, strict=True))
+    for batch, output in enumerate(wanted):
+        assert torch.equal(walking.advance(batch).output, output)
+    assert not walking._parking._seen
+    walking.close()
+    assert not list(tmp_path.iterdir())
