@@ -61,6 +61,15 @@ class Checkpoint:
         return cls(folder=folder, config=_read_config(folder), tensors=_read_tensors(folder), source=model)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type that most of the weights are stored in, fp32 if that is no type that models compute in."""
+        sizes: dict[str, int] = {}
+        for info in self.tensors.values():
+            if info.dtype in ("F32", "BF16", "F16"):
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        return DTYPES[max(sizes, key=sizes.__getitem__)] if sizes else torch.float32
+
+    @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 

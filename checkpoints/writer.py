@@ -7,7 +7,6 @@ after the last part, and since every byte depends on the tensors alone, ends in 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from .index import CONFIG, INDEX, SINGLE, Checkpoint, read_tensors
 from .journal import NAME as JOURNAL
 from .journal import Journal, Part
 from .shards import Entry, copy_file, disk_errors, natural_key, sync_folder, write_file, write_shard
+from .target import check_apart, check_target, lock, make_parent, partial_of, sibling, undo_half_replacement
 
 SHARD_LIMIT: Final = 1 << 30  # bytes in a shard of copied tensors
 
@@ -44,20 +44,20 @@ class CheckpointWriter:
         """`fingerprint` stands for everything that the bytes depend on: recipe, source, versions."""
         target = Path(os.path.abspath(target.expanduser()))
         partial = partial_of(target)
-        _check_apart(target, source)
-        _make_parent(target)
+        check_apart(target, source)
+        make_parent(target)
         is_new = not partial.exists()
-        lock = _lock(partial, target)
+        held = lock(partial, target)
         try:
-            _undo_half_replacement(target)
+            undo_half_replacement(target)
             check_target(target, overwrite=overwrite, resume=resume, has_partial=not is_new)
             journal = _start(partial, target, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
         except BaseException:
             if is_new:
                 shutil.rmtree(partial)
-            os.close(lock)
+            os.close(held)
             raise
-        return cls(target, source, journal=journal, lock=lock)
+        return cls(target, source, journal=journal, lock=held)
 
     @property
     def done(self) -> Mapping[str, dict[str, Any]]:
@@ -187,7 +187,7 @@ class CheckpointWriter:
         return {name: found[name] for name in sorted(found, key=natural_key)}
 
     def _publish(self) -> None:
-        old = _sibling(self._target, "old")
+        old = sibling(self._target, "old")
         with disk_errors(self._target.parent):
             replaces = self._target.exists() and any(self._target.iterdir())
             if replaces:
@@ -205,20 +205,6 @@ class CheckpointWriter:
             sync_folder(self._target)
 
 
-def partial_of(target: Path) -> Path:
-    """The hidden folder in which a run for `target` works. What it puts there is swept away by the next run."""
-    return _sibling(Path(os.path.abspath(target)), "partial")
-
-
-def clean_up(target: Path) -> None:
-    """Remove what a run that was killed right after its last rename left in and beside the finished `target`."""
-    _undo_half_replacement(Path(os.path.abspath(target.expanduser())))
-
-
-def _sibling(target: Path, suffix: str) -> Path:
-    return target.with_name(f".{target.name}.{suffix}")
-
-
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -228,63 +214,6 @@ def _final_names(shards: list[str]) -> dict[str, str]:
         return {shards[0]: SINGLE}
     count = len(shards)
     return {shard: f"model-{number:05d}-of-{count:05d}.safetensors" for number, shard in enumerate(shards, start=1)}
-
-
-def _check_apart(target: Path, source: Checkpoint) -> None:
-    inside, outside = target.resolve(), source.folder.resolve()
-    if inside == outside or outside in inside.parents or inside in outside.parents:
-        raise OutputError(f"The output {target} and the model {source.folder} overlap; name another output folder.")
-
-
-def _make_parent(target: Path) -> None:
-    with disk_errors(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"Can't write in {target.parent}: permission denied; name another output folder.")
-
-
-def _undo_half_replacement(target: Path) -> None:
-    """A run that was killed while it replaced `target`: put the old one back, or clean up behind the new one."""
-    old = _sibling(target, "old")
-    with disk_errors(target.parent):
-        if old.is_dir() and not target.exists():
-            old.rename(target)
-        elif old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-        if target.is_dir():
-            (target / JOURNAL).unlink(missing_ok=True)
-
-
-def check_target(target: Path, *, overwrite: bool, resume: bool = False, has_partial: bool = False) -> None:
-    """Raise OutputError if `target` holds something that may not be replaced."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise OutputError(f"The output {target} is a file; name a folder.")
-    if not any(target.iterdir()):
-        return
-    if not overwrite and resume and not has_partial:
-        raise OutputError(f"The output {target} is already finished; there is nothing to resume.")
-    if not overwrite:
-        also = " together with --resume" if resume else ""
-        raise OutputError(f"The output {target} exists already; give --overwrite{also} to replace it, or name another.")
-    if not (target / CONFIG).is_file():
-        raise OutputError(f"The output {target} has files in it but is no model, so it isn't replaced; name another.")
-
-
-def _lock(partial: Path, target: Path) -> int:
-    """An exclusive lock on the folder itself, which moves with it and ends with the process."""
-    with disk_errors(target.parent):
-        partial.mkdir(exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not partial.exists() or os.fstat(descriptor).st_ino != partial.stat().st_ino:
-            raise BlockingIOError
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise OutputError(f"Another run is writing {target} right now; wait for it or name another output.") from error
-    return descriptor
 
 
 def _start(partial: Path, target: Path, *, fingerprint: str, overwrite: bool, resume: bool) -> Journal:

@@ -8,13 +8,14 @@ from typing import Any, Final
 
 from modelzip.checkpoints.errors import OutputError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.writer import CheckpointWriter, partial_of
+from modelzip.checkpoints.target import partial_of
+from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.evaluation.gates import Gate
 
 from .calibrate import is_causal
 from .context import Run
 from .identity import header_hash
-from .plan import check_machine
+from .room import check_machine
 from .stage import stage_fingerprint
 
 REPORT: Final = "report.json"
@@ -44,7 +45,8 @@ def check_room(run: Run, *, overwrite: bool, resume: bool) -> None:
     targets = [*run.between, run.output]
     parts = [file for target in targets for file in partial_of(target).rglob("*") if resume and file.is_file()]
     for plan in run.plans:
-        check_machine(plan, written=sum(file.stat().st_size for file in parts))
+        written = sum(file.stat().st_size for file in parts)
+        check_machine(plan.output, disk_bytes=plan.disk_bytes - written, memory_bytes=plan.memory_bytes)
     if run.output.parent.exists():  # a new output's first work may be minutes of writing text: refuse it before
         last = stage_fingerprint(run.context, run.plans[-1])
         CheckpointWriter.open(

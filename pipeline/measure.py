@@ -18,7 +18,6 @@ from modelzip.evaluation.outputs import main_output
 from modelzip.weights.layouts import MODELZIP, decoder
 
 from .calibrate import forward_inputs, is_causal, longest
-from .plan import checkpoint_dtype
 from .progress import Progress
 from .text import Windows
 from .verify import verify
@@ -45,7 +44,7 @@ def pick_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
         return dtype
-    stored = checkpoint_dtype(checkpoint)
+    stored = checkpoint.dtype
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import shutil
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
-
-import psutil
-import torch
+from typing import Any
 
 from modelzip.checkpoints.blocks import Linear, Structure, find_structure, skeleton
-from modelzip.checkpoints.errors import CheckpointError, MachineError, ProblemsError
+from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.compressors.quantize.methods import METHODS
@@ -24,9 +20,7 @@ from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, Scheme, decod
 
 from .grids import fit_group, packed_bytes, scheme_of
 from .portable import choose_layout
-
-BASE_BYTES: Final = 420 << 20
-"""Python, torch and transformers in memory."""
+from .room import memory_needed
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ class Plan:
 
 def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan]:
     """A plan for each stage, the later ones on what the earlier ones leave. Raises ProblemsError with all mistakes,
-    CheckpointError if the model can't be compressed. Whether the machine has room is `check_machine`'s question."""
+    CheckpointError if the model can't be compressed. Whether the machine has room: `room.check_machine`."""
     model = skeleton(checkpoint)
     names = NameMap(model, checkpoint)
     structure = find_structure(model, checkpoint, names=names)
@@ -105,7 +99,7 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
             layout=layout,
             bytes_before=before,
             bytes_after=after,
-            memory_bytes=_memory(recipe, checkpoint, structure, model.config, needs_data=needs_data),
+            memory_bytes=memory_needed(recipe, checkpoint, structure, model.config, needs_data=needs_data),
             disk_bytes=after + (before if number else 0),
             needs_data=needs_data,
             propagate=getattr(stage.settings, "propagate", "compressed"),
@@ -121,26 +115,6 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
     if problems:
         raise ProblemsError(problems)
     return plans
-
-
-def check_machine(plan: Plan, *, written: int = 0) -> None:
-    """Raise MachineError if the disk or the memory that the plan needs isn't there.
-
-    written: bytes of the output that an interrupted run has put on the disk.
-    """
-    parent = next(folder for folder in (plan.output.absolute(), *plan.output.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < (needed := plan.disk_bytes - written):
-        raise MachineError(
-            f"The output needs {needed / 1e6:,.1f} MB and {parent} has {free / 1e6:,.1f} MB free: "
-            "make room, or name another place with --output."
-        )
-    available = psutil.virtual_memory().available
-    if available < plan.memory_bytes:
-        raise MachineError(
-            f"This needs about {plan.memory_bytes / 1e6:,.0f} MB of memory and {available / 1e6:,.0f} MB are free: "
-            "lower --samples, --seq-len or --batch-size, or free memory."
-        )
 
 
 def _compressed_already(checkpoint: Checkpoint, structure: Structure, names: NameMap) -> dict[str, Scheme]:
@@ -266,33 +240,6 @@ def _layout(
         why = f" ({reason})" if reason else ""
         return layout, [f"the result is in modelzip's own layout{why}: opening it needs `import modelzip.weights`"]
     return layout, []
-
-
-def _memory(recipe: Recipe, checkpoint: Checkpoint, structure: Structure, config: Any, *, needs_data: bool) -> int:
-    """Bytes the run will need: the interpreter, the largest block in fp32 twice, and what waiting batches hold."""
-    blocks = [sum(4 * one.shape[0] * one.shape[1] for one in block.linears) for block in structure.blocks]
-    widest = max((max(one.shape) for block in structure.blocks for one in block.linears), default=0)
-    rest = max((info.nbytes for info in checkpoint.tensors.values()), default=0)
-    needed = BASE_BYTES + 2 * max(blocks, default=0) + rest + 12 * widest * widest
-    if needs_data:
-        tokens = recipe.calibration.samples * recipe.calibration.seq_len
-        element = 2 if checkpoint_dtype(checkpoint) != torch.float32 else 4
-        width = config.get_text_config().hidden_size
-        needed += (
-            tokens * element * (6 * width + widest)
-            + 12 * recipe.calibration.batch_size * recipe.calibration.seq_len * widest
-        )
-    return needed
-
-
-def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The type that most of the checkpoint's weights are stored in."""
-    sizes: dict[str, int] = {}
-    for info in checkpoint.tensors.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    floats = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    known = {dtype: size for dtype, size in sizes.items() if dtype in floats}
-    return floats[max(known, key=known.__getitem__)] if known else torch.float32
 
 
 def _notes(structure: Structure, modules: list[ModulePlan]) -> list[str]:

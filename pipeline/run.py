@@ -14,7 +14,7 @@ import torch
 
 from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.writer import check_target, clean_up
+from modelzip.checkpoints.target import check_target, clean_up
 from modelzip.evaluation.gates import parse_gates, require_measured
 from modelzip.evaluation.report import report_json, validate, write_report
 from modelzip.recipes.load import recipe_data

@@ -11,7 +11,8 @@ import psutil
 from torch import nn
 
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.writer import CheckpointWriter, partial_of
+from modelzip.checkpoints.target import partial_of
+from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.weights.layouts import quantization_config
 
 from .calibrate import batches, forward_inputs
@@ -19,7 +20,7 @@ from .context import Context
 from .identity import PROVENANCE
 from .layerwise import Job, compress_blocks
 from .measure import open_streamed
-from .plan import Plan, checkpoint_dtype
+from .plan import Plan
 from .text import Windows
 
 HIDDEN_SHARE = 0.4
@@ -67,7 +68,7 @@ def run_stage(
         linears = [name for name, module in streamed.model.named_modules() if isinstance(module, nn.Linear)]
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         config["quantization_config"] = quantization_config(
-            plan.schemes, layout=plan.layout, linears=linears, scale_dtype=checkpoint_dtype(source)
+            plan.schemes, layout=plan.layout, linears=linears, scale_dtype=source.dtype
         )
         begin = time.perf_counter()
         writer.finish(config=config, files={PROVENANCE: describe(records)})

@@ -31,7 +31,7 @@ class Affine:
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int) -> Affine:
-        """Pack signed codes [out, in] in -2**(bits-1) ... 2**(bits-1)-1."""
+        """Pack signed codes [out, in], whole numbers of any dtype in -2**(bits-1) ... 2**(bits-1)-1."""
         return cls(pack(_unsigned(codes, bits), bits), scale, zero_point, bits, (codes.shape[0], codes.shape[1]))
 
     @property

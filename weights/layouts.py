@@ -10,12 +10,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from .affine import Affine
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs
 
 COMPRESSED_TENSORS: Final = "compressed-tensors"
 MODELZIP: Final = "modelzip"
@@ -88,7 +91,7 @@ def quantization_config(
     return written
 
 
-def _arguments(scheme: Scheme) -> Any:
+def _arguments(scheme: Scheme) -> QuantizationArgs:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 
     return QuantizationArgs(

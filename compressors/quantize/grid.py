@@ -43,7 +43,7 @@ class AffineGrid:
     def weight(self, codes: Tensor) -> Affine:
         """The compressed weight with these signed codes [out, in]."""
         zero_point = None if self.symmetric else self.zero_point.to(torch.int8)
-        return Affine.from_codes(codes.to(torch.int8), self.scale.to(self.dtype), zero_point, bits=self.bits)
+        return Affine.from_codes(codes, self.scale.to(self.dtype), zero_point, bits=self.bits)
 
 
 def fit_grid(

@@ -10,6 +10,7 @@ tokenizer), `wiki.txt` and `wiki-test.txt`. By the words behind the language of 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -162,3 +163,26 @@ def test_every_direct_dependency_is_pinned_and_nothing_else() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line.split("==")[0] for line in lines if line and not line.startswith("#")]
     assert pins == [re.split(r"[<>=~; ]", one)[0] for one in wanted]
+
+
+def test_the_results_are_those_of_the_committed_benchmarks() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "benchmarks" / "results" / "gptq-vs-peer.json").read_text(encoding="utf-8"))
+    names = {"ours": "modelzip `gptq`", "asymmetric": "modelzip `gptq --asymmetric`", "rtn": "modelzip `rtn`"}
+    for key, result in measured["results"].items():
+        row = next(
+            line for line in readme.splitlines() if line.startswith(f"| {names.get(key, 'llm-compressor `GPTQ`')} |")
+        )
+        cells = [cell.strip() for cell in row.split("|")[3:-1]]
+        agreement, median = measured["agreement"][key], result["median"]
+        assert cells == [
+            f"{median['seconds']:.0f} s",
+            f"{median['main_mb']:.0f} MB",
+            f"{agreement['disk_mb']:.0f} MB",
+            f"{agreement['perplexity']:.2f}",
+            f"{agreement['kl']:.3f}",
+            f"{agreement['top1_percent']:.1f} %",
+        ]
+    depths = json.loads((ROOT / "benchmarks" / "results" / "depth.json").read_text(encoding="utf-8"))["depths"]
+    told = ", ".join(f"{one['main_mb']:.0f}" for one in depths[:-1]) + f" and {depths[-1]['main_mb']:.0f} MB"
+    assert f"{told}\n" in readme
