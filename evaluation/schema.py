@@ -129,6 +129,7 @@ class Environment(Section):
     cpu: str = Field(description="Name of the processor")
     device: str = Field(description="Device that the work ran on: cpu or cuda with its name")
     threads: int = Field(description="Threads that PyTorch used")
+    kernels: str = Field(description='Path that the kernels took: "compiled", or "reference", which is plain PyTorch')
 
 
 class Report(Section):

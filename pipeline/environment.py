@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from modelzip.kernels import dispatch
+
 
 def package_version(name: str) -> str:
     """The installed version, or `unknown`."""
@@ -31,6 +33,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "cpu": _cpu(),
         "device": name,
         "threads": torch.get_num_threads(),
+        "kernels": dispatch.path(torch.empty(0, device=device)),
     }
 
 

@@ -118,7 +118,7 @@ def gptq(weight: Tensor, factor: InverseFactor, grid: AffineGrid, *, block_size:
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         scale, zero_point = grid.columns(factor.order[start:stop], rows=rows, in_features=columns)
-        levels, errors = gptq_columns(
+        quantized, errors = gptq_columns(
             remaining[start:stop],
             factor.upper[start:stop, start:stop],
             scale,
@@ -126,6 +126,6 @@ def gptq(weight: Tensor, factor: InverseFactor, grid: AffineGrid, *, block_size:
             bits=grid.bits,
             value_dtype=grid.dtype,
         )
-        codes[factor.order[start:stop]] = levels.to(torch.int8)
+        codes[factor.order[start:stop]] = quantized
         remaining[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
     return grid.weight(codes.T)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modelzip.kernels.rounding_errors import rounding_errors
 from modelzip.weights.affine import Affine
 
 SLAB_ELEMENTS = 1 << 17
@@ -97,25 +98,16 @@ def _fit(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point [out, groups] for grouped weights [out, groups, group_size]."""
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    spans = SPANS if clip == "mse" else (1.0,)
+    if clip == "none":
+        return _span(low, high, bits=bits, symmetric=symmetric, dtype=dtype)
+    spans = torch.tensor(SPANS, device=grouped.device)[:, None, None]
+    scales, zero_points = _span(low * spans, high * spans, bits=bits, symmetric=symmetric, dtype=dtype)
+    if symmetric:  # the grid has one more level below zero than above: it may be turned round
+        scales, zero_points = torch.cat([scales, -scales]), torch.cat([zero_points, zero_points])
     root = None if importance is None else importance.sqrt()
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for sign in (1.0, -1.0) if symmetric and clip == "mse" else (1.0,):
-        for span in spans:
-            scale, zero_point = _span(low * span, high * span, bits=bits, symmetric=symmetric, dtype=dtype)
-            scale = scale * sign
-            if len(spans) == 1:
-                return scale, zero_point
-            error = _error(grouped, scale, None if symmetric else zero_point, bits=bits, root=root)
-            if best is None:
-                best = error, scale, zero_point
-            else:
-                better = error < best[0]
-                best = tuple(
-                    torch.where(better, new, old) for new, old in zip((error, scale, zero_point), best, strict=True)
-                )  # type: ignore[assignment]
-    assert best is not None
-    return best[1], best[2]
+    errors = rounding_errors(grouped, scales, None if symmetric else zero_points, bits=bits, root=root)
+    best = errors.argmin(0, keepdim=True)
+    return scales.gather(0, best)[0], zero_points.gather(0, best)[0]
 
 
 def _span(low: Tensor, high: Tensor, *, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -128,16 +120,3 @@ def _span(low: Tensor, high: Tensor, *, bits: int, symmetric: bool, dtype: torch
     scale = torch.where(scale <= tiny, 1.0, scale)
     half = 1 << (bits - 1)
     return scale, (-low / scale - half).round_().clamp_(-half, half - 1)
-
-
-def _error(grouped: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, root: Tensor | None) -> Tensor:
-    """Norm of the rounding error by group, [out, groups]. A clip search spends its time here, so passes are few."""
-    half = 1 << (bits - 1)
-    levels = (grouped / scale.unsqueeze(-1)).round_()
-    if zero_point is None:
-        levels.clamp_(-half, half - 1)
-    else:
-        levels.add_(zero_point.unsqueeze(-1)).clamp_(-half, half - 1).sub_(zero_point.unsqueeze(-1))
-    difference = torch.addcmul(grouped, levels, scale.unsqueeze(-1), value=-1, out=levels)
-    norm: Tensor = torch.linalg.vector_norm(difference if root is None else difference.mul_(root), dim=-1)
-    return norm

@@ -34,4 +34,4 @@ def gptq_columns(
         else:
             errors[start:stop].mul_(inverse_diagonal[start:stop, None])
             weight[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    return levels.add_(zero_point), errors
+    return levels.add_(zero_point).to(torch.int8), errors

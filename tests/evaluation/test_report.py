@@ -99,6 +99,7 @@ def sample(modules: int = 7, fallbacks: int = 1) -> dict[str, Any]:
             "cpu": "a processor",
             "device": "cpu",
             "threads": 2,
+            "kernels": "compiled",
         },
     }
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from modelzip.kernels.native import library
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
@@ -16,6 +18,15 @@ def _poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "compiled"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path that the kernel has on a CPU."""
+    if request.param == "compiled" and library() is None:
+        pytest.skip("modelzip was installed without a C compiler")
+    monkeypatch.setenv("MODELZIP_KERNELS", request.param)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

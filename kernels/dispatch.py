@@ -1,0 +1,27 @@
+"""Which of its paths a kernel takes: the fastest that there is, or the one that MODELZIP_KERNELS names."""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+from .native import library
+
+
+def path(*tensors: Tensor) -> str:
+    """`compiled` or `reference`, for an operation on these tensors.
+
+    Raises ValueError if MODELZIP_KERNELS names a path that is unknown, or can't be taken: only `auto` falls back.
+    """
+    wanted = os.environ.get("MODELZIP_KERNELS", "auto")
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    if wanted == "auto":
+        return "compiled" if on_cpu and library() is not None else "reference"
+    if wanted not in ("reference", "compiled"):
+        raise ValueError(f"MODELZIP_KERNELS is {wanted!r}; it must be auto, reference or compiled")
+    if wanted == "compiled" and library() is None:
+        raise ValueError("MODELZIP_KERNELS is 'compiled', but modelzip was installed without a C compiler")
+    if wanted == "compiled" and not on_cpu:
+        raise ValueError("MODELZIP_KERNELS is 'compiled', but the compiled kernels take tensors on the CPU")
+    return wanted

@@ -1,0 +1,21 @@
+/* What the compiled CPU kernels share. */
+
+#ifndef MODELZIP_NATIVE_H
+#define MODELZIP_NATIVE_H
+
+/* Compiled for several instruction sets; the best one that the machine has is picked when the library is loaded. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORIZED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VECTORIZED
+#endif
+
+/* The whole number nearest to value (ties to even) between two whole numbers of less than 2^22. */
+static inline float round_between(float value, float lowest, float highest) {
+    const float whole = 12582912.0f; /* 1.5 * 2^23: sums near it have no fraction */
+    value = value < lowest ? lowest : value;
+    value = value > highest ? highest : value;
+    return (value + whole) - whole;
+}
+
+#endif

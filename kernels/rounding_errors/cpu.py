@@ -1,0 +1,27 @@
+"""The rounding errors in C: all grids while a group is in the cache."""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int64
+
+import torch
+from torch import Tensor
+
+from modelzip.kernels.native import library, pointer
+
+
+def rounding_errors(
+    grouped: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, root: Tensor | None
+) -> Tensor:
+    native = library()
+    assert native is not None
+    parts = [None if part is None else part.float().contiguous() for part in (grouped, scale, zero_point, root)]
+    norms = torch.empty(scale.shape)
+    rows, groups, size = grouped.shape
+    half = 1 << (bits - 1)
+    native.rounding_errors(
+        *(c_int64(count) for count in (scale.shape[0], rows * groups, size, groups)),
+        *(None if part is None else pointer(part) for part in (*parts, norms)),
+        *(c_float(-half), c_float(half - 1)),
+    )
+    return norms

@@ -1,0 +1,37 @@
+"""A path that is named is taken or refused; only `auto` falls back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modelzip.kernels import dispatch
+from modelzip.kernels.native import library
+
+HERE, ELSEWHERE = torch.ones(1), torch.ones(1, device="meta")
+
+
+def test_the_compiled_path_is_taken_where_it_is_there(monkeypatch):
+    monkeypatch.delenv("MODELZIP_KERNELS", raising=False)
+    assert dispatch.path(HERE) == ("reference" if library() is None else "compiled")
+    assert dispatch.path(HERE, ELSEWHERE) == "reference"
+    monkeypatch.setattr(dispatch, "library", lambda: object())
+    assert dispatch.path(HERE) == "compiled"
+    monkeypatch.setattr(dispatch, "library", lambda: None)
+    assert dispatch.path(HERE) == "reference"
+
+
+def test_a_path_that_is_named_is_taken_or_refused(monkeypatch):
+    monkeypatch.setattr(dispatch, "library", lambda: object())
+    monkeypatch.setenv("MODELZIP_KERNELS", "reference")
+    assert dispatch.path(HERE) == "reference"
+    monkeypatch.setenv("MODELZIP_KERNELS", "compiled")
+    assert dispatch.path(HERE) == "compiled"
+    with pytest.raises(ValueError, match="compiled kernels take tensors on the CPU"):
+        dispatch.path(ELSEWHERE)
+    monkeypatch.setattr(dispatch, "library", lambda: None)
+    with pytest.raises(ValueError, match="MODELZIP_KERNELS is 'compiled', but modelzip was installed without"):
+        dispatch.path(HERE)
+    monkeypatch.setenv("MODELZIP_KERNELS", "fastest")
+    with pytest.raises(ValueError, match="it must be auto, reference or compiled"):
+        dispatch.path(HERE)
