@@ -53,7 +53,7 @@ bench: $(VENV)/.modelzip $(VENV)/.demo-model
 	$(BIN)/python benchmarks/gptq_vs_peer.py $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 
 clean:
-	rm -rf $(VENV) .demo .typecheck build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf kernels/*.so $(VENV) .demo .typecheck build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

@@ -132,6 +132,7 @@ def report(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         print(f"agreement: {name}", file=sys.stderr, flush=True)
         limits = ("--windows", str(options.windows))
         agreed[name] = script("agreement.py", options.model, work / name, options.evaluation, *limits)
+    reports = {name: work / name / "report.json" for name in contest if (work / name / "report.json").is_file()}
     work_tflop = arithmetic(options.model, tokens=options.samples * options.seq_len)
     rate = max(ceilings["gflops"][fast].values())
     peer_versions = versions(options.peer_python, ("llmcompressor", *LIBRARIES)) if options.peer_python else {}
@@ -148,6 +149,9 @@ def report(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "arithmetic_tflop": work_tflop,
         "seconds_at_matrix_rate": round(sum(work_tflop.values()) * 1000 / rate, 1),
         "results": runs,
+        "phases_s": {
+            name: json.loads(file.read_text(encoding="utf-8"))["time"]["phases"] for name, file in reports.items()
+        },
         "agreement": agreed,
     }
 

@@ -30,6 +30,7 @@ def fresh(module: str, *arguments: str, place: Path) -> Iterator[IO[str]]:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            errors="replace",
             cwd=place,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         ) as process,

@@ -92,7 +92,8 @@ def _convert_apart(file: Path, folder: Path) -> None:
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     first = str(error).strip().splitlines() or ["no message"]
-    print(f"{kind.__name__}: {first[0]}", file=sys.stderr)
+    print(f"\n{kind.__name__}: {first[0]}", file=sys.stderr, flush=True)
+    os._exit(1)  # so that nothing is told behind it
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that most of the weights are stored in, fp32 if that is no type that models compute in."""
+        """The type that models compute in which holds most of the bytes; fp32 if there is none."""
         sizes: dict[str, int] = {}
         for info in self.tensors.values():
             if info.dtype in ("F32", "BF16", "F16"):

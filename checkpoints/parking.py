@@ -7,7 +7,6 @@ time and has it cleared anew, which costs more than the copies made here.
 
 from __future__ import annotations
 
-import mmap
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -27,11 +26,7 @@ class Parking:
     def __init__(self) -> None:
         self._seen: dict[int, list[weakref.ref[Tensor]]] = {}
         self._slots: dict[int, list[UntypedStorage]] = {}
-        self._works = hasattr(mmap, "MAP_ANONYMOUS") and _counts_are_known()
-
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(size * len(slots) for size, slots in self._slots.items())
+        self._works = _counts_are_known()
 
     def see(self, batch: int, values: Iterable[Any]) -> None:
         """What is handed to a module may be held until the batch stops."""

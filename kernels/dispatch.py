@@ -21,7 +21,7 @@ def path(*tensors: Tensor) -> str:
     if wanted not in ("reference", "compiled"):
         raise ValueError(f"MODELZIP_KERNELS is {wanted!r}; it must be auto, reference or compiled")
     if wanted == "compiled" and library() is None:
-        raise ValueError("MODELZIP_KERNELS is 'compiled', but modelzip was installed without a C compiler")
+        raise ValueError("MODELZIP_KERNELS is 'compiled', but modelzip was installed without the compiled kernels")
     if wanted == "compiled" and not on_cpu:
         raise ValueError("MODELZIP_KERNELS is 'compiled', but the compiled kernels take tensors on the CPU")
     return wanted

@@ -3,9 +3,11 @@
 #ifndef MODELZIP_NATIVE_H
 #define MODELZIP_NATIVE_H
 
+#include <stdint.h> /* for one thing, it says whether this is glibc */
+
 /* Compiled for several instruction sets; the best one that the machine has is picked when the library is loaded. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTORIZED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VECTORIZED
 #endif

@@ -17,6 +17,9 @@ from .progress import Progress
 from .selftext import self_windows
 from .text import Windows, read_windows
 
+SELF_HELD_BACK = 8
+"""Windows that a model writes for its own evaluation, at most: they take minutes."""
+
 
 def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises CheckpointError if it has none that transformers can open."""
@@ -70,6 +73,7 @@ def calibration_windows(
         raise CalibrationError(f"--seq-len is {calibration.seq_len}, but the model takes at most {limit} tokens.")
     samples, seq_len = calibration.samples, calibration.seq_len
     if calibration.source == "self":
+        held_back = min(held_back, SELF_HELD_BACK)
         used, held = self_windows(
             checkpoint.folder,
             writes=is_causal(model),

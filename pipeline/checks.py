@@ -6,11 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
+import torch
+
 from modelzip.checkpoints.errors import OutputError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.target import partial_of
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.evaluation.gates import Gate
+from modelzip.kernels import dispatch
 
 from .calibrate import is_causal
 from .context import Run
@@ -19,6 +22,14 @@ from .room import check_machine
 from .stage import stage_fingerprint
 
 REPORT: Final = "report.json"
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise RecipeError if the kernels can't take the path that the environment names."""
+    try:
+        dispatch.path(torch.empty(0, device=device))
+    except ValueError as error:
+        raise RecipeError(f"{error}.") from None
 
 
 def check_predicts(gates: Sequence[Gate], model: Any, checkpoint: Checkpoint) -> None:
@@ -44,8 +55,8 @@ def check_room(run: Run, *, overwrite: bool, resume: bool) -> None:
     """Raise MachineError or OutputError if there is no room for the output, and say what the plans have to say."""
     targets = [*run.between, run.output]
     parts = [file for target in targets for file in partial_of(target).rglob("*") if resume and file.is_file()]
+    written = sum(file.stat().st_size for file in parts)
     for plan in run.plans:
-        written = sum(file.stat().st_size for file in parts)
         check_machine(plan.output, disk_bytes=plan.disk_bytes - written, memory_bytes=plan.memory_bytes)
     if run.output.parent.exists():  # a new output's first work may be minutes of writing text: refuse it before
         last = stage_fingerprint(run.context, run.plans[-1])

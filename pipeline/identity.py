@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.kernels import dispatch
 from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Recipe
 
@@ -29,7 +30,8 @@ def header_hash(checkpoint: Checkpoint) -> str:
 
 
 def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
-    """SHA-256 of all that the output's bytes depend on: recipe, input (its files' sizes and times too), versions.
+    """SHA-256 of all that the output's bytes depend on: recipe, input (its files' sizes and times too), versions,
+    the kernels' path.
 
     Files beside the weights count too: the tokenizer makes the calibration tokens, and all of them are carried along.
     """
@@ -40,7 +42,8 @@ def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
     source = recipe.calibration.source
     if Path(source).is_file():
         stats.append((Path(source).name, Path(source).stat().st_size, Path(source).stat().st_mtime_ns))
-    whole = [data, stats, header_hash(checkpoint), {name: package_version(name) for name in PACKAGES}]
+    versions = {name: package_version(name) for name in PACKAGES}
+    whole = [data, stats, header_hash(checkpoint), versions, dispatch.path()]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 

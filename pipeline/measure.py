@@ -15,7 +15,6 @@ from modelzip.checkpoints.reader import Decode
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.evaluation.agreement import measure
 from modelzip.evaluation.outputs import main_output
-from modelzip.kernels import dispatch
 from modelzip.weights.layouts import MODELZIP, decoder
 
 from .calibrate import forward_inputs, is_causal, longest
@@ -27,19 +26,15 @@ PROBE_TOKENS = 64
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU.
-
-    Raises MachineError for a device that isn't there, or where the kernels can't take the path that was named.
-    """
-    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type != "cpu":
-        module = getattr(torch, device.type)
-        if not module.is_available() or (device.index or 0) >= module.device_count():
-            raise MachineError(f"The device {name} isn't there: choose --device cpu, or leave --device out.")
-    try:
-        dispatch.path(torch.empty(0, device=device))
-    except ValueError as error:
-        raise MachineError(f"{error}.") from None
+    """`auto` is the first GPU if there is one, else the CPU. Raises MachineError for a device that isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    module = getattr(torch, device.type)
+    if not module.is_available() or (device.index or 0) >= module.device_count():
+        raise MachineError(f"The device {name} isn't there: choose --device cpu, or leave --device out.")
     return device
 
 

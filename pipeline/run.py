@@ -21,7 +21,7 @@ from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Evaluation, Recipe
 
 from .calibrate import calibration_windows, evaluation_windows
-from .checks import check_comparable, check_predicts, check_room, report_of
+from .checks import check_comparable, check_kernels, check_predicts, check_room, report_of
 from .clock import Clock
 from .context import Context, Run
 from .environment import environment, package_version, peak_memory_mb
@@ -60,6 +60,7 @@ def run_recipe(
     gates = parse_gates(recipe.evaluate.fail_if)
     require_measured(gates, evaluation=recipe.evaluate.enabled)
     device = pick_device(recipe.device)
+    check_kernels(device)
     if recipe.model is not None and recipe.model.lower().endswith(".gguf"):
         if not resume:
             check_target(output, overwrite=overwrite)  # as for all models later, but to open this one takes a while

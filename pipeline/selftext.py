@@ -12,6 +12,7 @@ import hashlib
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,36 +83,41 @@ def chance(seed: int, part: int, device: torch.device | str = "cpu") -> torch.Ge
 def write(model: Any, *, counts: Sequence[int], seq_len: int, seed: int, report: Report) -> list[Tensor]:
     """Sample parts of `counts` windows from a causal language model, each int64 [count, seq_len].
 
-    Exits if its logits are NaN or infinite.
+    Exits if its logits are NaN or infinite, or if it hands out no cache.
     """
     most = _most_rows(model, seq_len)
-    sizes = [[min(most, count - begin) for begin in range(0, count, most)] for count in counts]
-    total, done = sum(map(len, sizes)) * (seq_len - 1), 0
+    groups = [
+        (part, len(rows))
+        for part, count in enumerate(counts)
+        for rows in torch.arange(count).tensor_split(-(-count // most) or 1)
+        if len(rows)
+    ]
+    generators = [chance(seed, part, model.device) for part in range(len(counts))]
+    parts = [[torch.empty(0, seq_len, dtype=torch.int64)] for _ in counts]
+    steps = seq_len - 1
+    for number, (part, rows) in enumerate(groups):
+        tell = partial(_tell, report, number * steps, len(groups) * steps)
+        parts[part].append(_group(model, rows, seq_len, generators[part], tell))
+    return [torch.cat(written) for written in parts]
+
+
+def _tell(report: Report, before: int, total: int, step: int) -> None:
+    report(before + step, total)
+
+
+def _group(model: Any, rows: int, seq_len: int, generator: torch.Generator, report: Callable[[int], None]) -> Tensor:
+    """Windows written side by side, int64 [rows, seq_len]."""
     vocabulary = model.config.get_text_config().vocab_size
-    parts = []
-    for part, groups in enumerate(sizes):
-        generator = chance(seed, part, model.device)
-        written = [torch.empty(0, seq_len, dtype=torch.int64)]
-        for rows in groups:
-            tokens = torch.randint(vocabulary, (rows, 1), generator=generator, device=model.device)
-            cache = None
-            for _ in range(1, seq_len):
-                logits, cache = _next(model, tokens, cache, seq_len)
-                tokens = torch.cat([tokens, draw(logits, generator)], 1)
-                done += 1
-                report(done, total)
-            written.append(tokens.cpu())
-        parts.append(torch.cat(written))
-    return parts
-
-
-def _next(model: Any, tokens: Tensor, cache: Any, seq_len: int) -> tuple[Tensor, Any]:
-    """The logits behind tokens [rows, tokens], and the cache: None if the model gives none that it would take back."""
-    if cache is None:
-        out = model(input_ids=tokens)
-        cache = getattr(out, "past_key_values", None)
-        return out.logits[:, -1], None if cache is None else _roomy(cache, seq_len)
-    return model(input_ids=tokens[:, -1:], past_key_values=cache).logits[:, -1], cache
+    token = torch.randint(vocabulary, (rows, 1), generator=generator, device=model.device)
+    tokens, cache = [token], None
+    for step in range(1, seq_len):
+        out = model(input_ids=token, **({} if cache is None else {"past_key_values": cache}))
+        if cache is None:
+            cache = _roomy(out.past_key_values, seq_len)
+        token = draw(out.logits[:, -1], generator)
+        tokens.append(token)
+        report(step)
+    return torch.cat(tokens, 1).cpu()
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -123,14 +129,20 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     top = heights[:, -1:]
     if not torch.isfinite(top).all():
         sys.exit("its logits are NaN or infinite, so weights are damaged")
-    chance = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=torch.float64)
-    return torch.searchsorted(heights, chance * top, right=True).clamp_(max=logits.shape[-1] - 1)
+    height = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=torch.float64)
+    return torch.searchsorted(heights, height * top, right=True).clamp_(max=logits.shape[-1] - 1)
 
 
 def _most_rows(model: Any, seq_len: int) -> int:
-    """Windows to be written side by side: the more, the faster, as long as their keys and values find room."""
+    """Windows to be written side by side: the more, the faster, as long as their keys and values find room.
+
+    Exits if the model hands out no cache.
+    """
     one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    layers = getattr(getattr(model(input_ids=one), "past_key_values", None), "layers", [])
+    cache = getattr(model(input_ids=one), "past_key_values", None)
+    if cache is None:
+        sys.exit("it hands out no cache, so that writing would take hours")
+    layers = getattr(cache, "layers", [])
     kept = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
     row = seq_len * sum(int(tensor.nbytes) for tensor in kept if tensor is not None)
     weights = sum(int(parameter.nbytes) for parameter in model.parameters())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modelzip.kernels import dispatch
-
+from .. import dispatch
 from . import cpu, reference
 
 
@@ -26,5 +25,5 @@ def gptq_columns(
         raise ValueError(f"weight {tuple(weight.shape)}, scale {tuple(scale.shape)}, zero point don't agree")
     if factor.shape != (weight.shape[0], weight.shape[0]):
         raise ValueError(f"factor {tuple(factor.shape)} doesn't fit a block of {weight.shape[0]} columns")
-    run = cpu.gptq_columns if dispatch.path(weight) == "compiled" else reference.gptq_columns
+    run = cpu.gptq_columns if dispatch.path(weight, factor, scale, zero_point) == "compiled" else reference.gptq_columns
     return run(weight, factor, scale, zero_point, bits=bits, value_dtype=value_dtype)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_int64
-
 import torch
 from torch import Tensor
 
-from modelzip.kernels.native import library, pointer
+from ..native import library, pointer
 
 VALUE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -21,9 +19,9 @@ def gptq_columns(
     codes, errors = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
     half = 1 << (bits - 1)
     failed = native.gptq_columns(
-        *(c_int64(size) for size in weight.shape),
+        *weight.shape,
         *(pointer(part) for part in (weight, factor, scale, zero_point, codes, errors)),
-        *(c_float(-half), c_float(half - 1), c_int(VALUE_DTYPES[value_dtype])),
+        *(-half, half - 1, VALUE_DTYPES[value_dtype]),
     )
     if failed:
         raise MemoryError("no memory for a strip of rows")

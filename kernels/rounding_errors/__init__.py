@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from modelzip.kernels import dispatch
-
+from .. import dispatch
 from . import cpu, reference
 
 
@@ -22,5 +21,6 @@ def rounding_errors(
         raise ValueError(f"grids {tuple(scale.shape)} don't fit groups {tuple(grouped.shape)}")
     if root is not None and root.shape != (1, *grouped.shape[1:]):
         raise ValueError(f"root {tuple(root.shape)} doesn't fit groups {tuple(grouped.shape)}")
-    run = cpu.rounding_errors if dispatch.path(grouped) == "compiled" else reference.rounding_errors
+    given = [part for part in (grouped, scale, zero_point, root) if part is not None]
+    run = cpu.rounding_errors if dispatch.path(*given) == "compiled" else reference.rounding_errors
     return run(grouped, scale, zero_point, bits=bits, root=root)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int64
-
 import torch
 from torch import Tensor
 
-from modelzip.kernels.native import library, pointer
+from ..native import library, pointer
 
 
 def rounding_errors(
@@ -20,8 +18,8 @@ def rounding_errors(
     rows, groups, size = grouped.shape
     half = 1 << (bits - 1)
     native.rounding_errors(
-        *(c_int64(count) for count in (scale.shape[0], rows * groups, size, groups)),
+        *(scale.shape[0], rows * groups, size, groups),
         *(None if part is None else pointer(part) for part in (*parts, norms)),
-        *(c_float(-half), c_float(half - 1)),
+        *(-half, half - 1),
     )
     return norms

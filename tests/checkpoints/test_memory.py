@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 
 import psutil
@@ -93,3 +94,29 @@ def test_elsewhere_nothing_happens(monkeypatch):
     heap = Heap()
     monkeypatch.setattr(memory, "give_back", lambda: pytest.fail("gave back"))
     heap.settle()
+
+
+KEEPS = """
+import sys
+import psutil, torch
+from modelzip.checkpoints.memory import give_back, keep_freed
+resident = lambda: psutil.Process().memory_info().rss >> 20
+if sys.argv[1] == "keep":
+    keep_freed()
+give_back()
+before = resident()
+large = torch.ones(16 << 20, dtype=torch.uint8)
+del large
+freed = resident()
+give_back()
+print(freed - before, resident() - before)
+"""
+
+
+@glibc
+@pytest.mark.parametrize(("asked", "kept"), [("keep", True), ("no", False)])
+def test_what_is_freed_is_kept_until_it_is_given_back_if_that_is_asked_for(asked, kept):
+    told = subprocess.check_output([sys.executable, "-c", KEEPS, asked], text=True)
+    freed, given_back = map(int, told.split())
+    assert (freed >= 15) is kept
+    assert given_back <= 4

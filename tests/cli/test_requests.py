@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from modelzip.cli import model as model_module
@@ -89,3 +90,19 @@ def test_every_setting_of_every_method_is_an_option(pipeline, capsys, monkeypatc
     for key in {*Gptq.model_fields, *Rtn.model_fields}:
         assert "--" + key.replace("_", "-") in told
     assert "--asymmetric" in told
+
+
+def test_the_help_lists_options_in_sections(pipeline, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert answer(["quantize", "--help"]) == 0
+    _, *parts = re.split(r"^(\w+):\n", capsys.readouterr().out, flags=re.MULTILINE)
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert list(sections) == ["Arguments", "Method", "Run", "Calibration", "Evaluation", "Machine", "Options"]
+    assert "MODEL" in sections["Arguments"]
+    assert "--bits INTEGER" in sections["Method"]
+    assert "--output" in sections["Run"]
+    assert "--samples" in sections["Calibration"]
+    assert "--fail-if" in sections["Evaluation"]
+    assert "--device" in sections["Machine"]
+    assert "--dry-run" in sections["Options"]
+    assert "--bits" not in "".join(text for name, text in sections.items() if name != "Method")

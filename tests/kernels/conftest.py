@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -24,7 +25,8 @@ def _poisoned_memory() -> Iterator[None]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each path that the kernel has on a CPU."""
     if request.param == "compiled" and library() is None:
-        pytest.skip("modelzip was installed without a C compiler")
+        assert shutil.which("cc") is None, "there is a C compiler, but the compiled kernels aren't there"
+        pytest.skip("there is no C compiler")
     monkeypatch.setenv("MODELZIP_KERNELS", request.param)
     return str(request.param)
 

@@ -29,6 +29,9 @@ class Block:
     def run(self, value_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         weight, factor = self.weight.clone(), self.factor.clone()
         scale, zero_point = self.scale.clone(), self.zero_point.clone()
+        wide = torch.full((2 * len(factor), 2 * len(factor)), torch.nan)
+        wide[: len(factor), : len(factor)] = factor
+        factor = wide[: len(factor), : len(factor)]  # as a block of a larger factor lies
         codes, errors = gptq_columns(weight, factor, scale, zero_point, bits=self.bits, value_dtype=value_dtype)
         assert torch.equal(factor, self.factor)
         assert torch.equal(scale, self.scale)

@@ -36,7 +36,9 @@ def test_it_is_the_distance_to_the_nearest_of_all_grid_points(bits, symmetric, w
         given = None if symmetric else zero_point
         found = rounding_errors(grouped, scale, given, bits=bits, root=root)
         wanted = truth(grouped, scale, given, bits=bits, root=root)
-        assert float((found - wanted).abs().max()) < 1e-6 * size  # measured: 2.6e-6 for 100 columns
+        whole, worst = distance(found, wanted)
+        assert whole < 1e-5
+        assert worst < 1e-5
 
 
 def test_parts_of_larger_tensors_are_read_right():
