@@ -112,7 +112,7 @@ def arithmetic(model: Path, *, tokens: int) -> dict[str, float]:
 
 
 def versions(python: str, names: tuple[str, ...]) -> dict[str, str]:
-    found: dict[str, str] = json.loads(subprocess.check_output([python, "-c", VERSIONS, *names], text=True))
+    found: dict[str, str] = json.loads(subprocess.check_output([python, "-P", "-c", VERSIONS, *names], text=True))
     return found
 
 
@@ -126,6 +126,7 @@ def report(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     fast = "bfloat16" if ceilings["cpu"]["bf16_units"] else "float32"
     dtype = fast if options.peer_dtype == "auto" else options.peer_dtype
     contest = commands(options, work, dtype)
+    peer_versions = versions(options.peer_python, ("llmcompressor", *LIBRARIES)) if options.peer_python else {}
     runs = summarise(alternate(contest, rounds=options.rounds, logs=work))
     agreed = {}
     for name in contest if options.windows else ():
@@ -135,7 +136,6 @@ def report(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     reports = {name: work / name / "report.json" for name in contest if (work / name / "report.json").is_file()}
     work_tflop = arithmetic(options.model, tokens=options.samples * options.seq_len)
     rate = max(ceilings["gflops"][fast].values())
-    peer_versions = versions(options.peer_python, ("llmcompressor", *LIBRARIES)) if options.peer_python else {}
     return {
         "commands": {name: shown(command, options, work) for name, command in contest.items()},
         "model": options.model.name,
