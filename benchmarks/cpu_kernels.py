@@ -1,6 +1,6 @@
 """Each compiled CPU kernel beside its plain-torch reference, alternating in one process, on one column block or slab.
 
-python benchmarks/kernels.py        # prints a table and writes benchmarks/results/kernels.json
+python benchmarks/cpu_kernels.py        # prints a table and writes benchmarks/results/cpu-kernels.json
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def main() -> None:
         found[name] = {**{f"{path}_ms": round(median[path], 3) for path in PATHS}, "ratio": round(ratio, 1)}
         told = "   ".join(f"{path} {median[path]:8.2f} ms" for path in PATHS)
         print(f"{name:34} {told}   {ratio:5.1f}x")
-    settings = {"command": "python benchmarks/kernels.py", "threads": torch.get_num_threads()}
-    target = HERE / "results" / "kernels.json"
+    settings = {"command": "python benchmarks/cpu_kernels.py", "threads": torch.get_num_threads()}
+    target = HERE / "results" / "cpu-kernels.json"
     target.write_text(json.dumps({**settings, "median_of": ROUNDS - 1, "kernels": found}, indent=2) + "\n")
 
 
