@@ -16,7 +16,7 @@ import psutil
 if TYPE_CHECKING:
     from torch import UntypedStorage
 
-SLACK_BYTES = 12 << 20
+SLACK_BYTES = 8 << 20
 """Idle memory that is left alone even when the process is at its fullest."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

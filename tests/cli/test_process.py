@@ -51,7 +51,8 @@ def test_completion_offers_methods_and_words_of_settings():
 
 
 FAKE = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 module = types.ModuleType("modelzip.pipeline.run")
 def run_recipe(recipe, *, output, overwrite, resume, progress):
     progress.say("started")
