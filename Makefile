@@ -49,6 +49,7 @@ types: $(VENV)/.dependencies
 	    --strict --namespace-packages --explicit-package-bases -p modelzip
 
 bench: $(VENV)/.modelzip $(VENV)/.demo-model
+	$(BIN)/python benchmarks/cpu_kernels.py
 	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/gptq_vs_peer.py $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 

@@ -16,6 +16,7 @@ import torch
 
 from modelzip.kernels.gptq_columns import gptq_columns
 from modelzip.kernels.rounding_errors import rounding_errors
+from modelzip.pipeline.environment import environment
 
 HERE = Path(__file__).parent
 ROUNDS = 15
@@ -65,7 +66,8 @@ def main() -> None:
         found[name] = {**{f"{path}_ms": round(median[path], 3) for path in PATHS}, "ratio": round(ratio, 1)}
         told = "   ".join(f"{path} {median[path]:8.2f} ms" for path in PATHS)
         print(f"{name:34} {told}   {ratio:5.1f}x")
-    settings = {"command": "python benchmarks/cpu_kernels.py", "threads": torch.get_num_threads()}
+    where = environment(torch.device("cpu"))
+    settings = {"command": "python benchmarks/cpu_kernels.py", "cpu": where["cpu"], "threads": where["threads"]}
     target = HERE / "results" / "cpu-kernels.json"
     target.write_text(json.dumps({**settings, "median_of": ROUNDS - 1, "kernels": found}, indent=2) + "\n")
 

@@ -48,15 +48,16 @@ static inline void round_column(const float *column, const float *scale, const f
     }
 }
 
-/* weight, scale, zero_point, codes, errors: [block, rows]. factor: [block, block]. Returns 0, or -1 without memory. */
-VECTORIZED int gptq_columns(int64_t block, int64_t rows, const float *weight, const float *factor, const float *scale,
-                            const float *zero_point, int8_t *codes, float *errors, float lowest, float highest,
-                            int value_dtype) {
+/* weight, scale, zero_point, codes, errors: [block, rows], of which the rows from begin to end are done. factor:
+ * [block, block]. Returns 0, or -1 without memory. */
+VECTORIZED int gptq_columns(int64_t begin, int64_t end, int64_t block, int64_t rows, const float *weight,
+                            const float *factor, const float *scale, const float *zero_point, int8_t *codes,
+                            float *errors, float lowest, float highest, int value_dtype) {
     float *strip = malloc(block * STRIP * sizeof(float));
     if (strip == NULL)
         return -1;
-    for (int64_t first = 0; first < rows; first += STRIP) {
-        int64_t count = rows - first < STRIP ? rows - first : STRIP;
+    for (int64_t first = begin; first < end; first += STRIP) {
+        int64_t count = end - first < STRIP ? end - first : STRIP;
         memset(strip, 0, block * STRIP * sizeof(float));
         for (int64_t j = 0; j < block; j++)
             memcpy(strip + j * STRIP, weight + j * rows + first, count * sizeof(float));

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import library, pointer
+from ..native import in_parts, library, pointer
 
 VALUE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+LEAST_ROWS = 128
+"""Rows that are worth a thread of their own; a multiple of the strip in cpu.c."""
 
 
 def gptq_columns(
@@ -18,11 +21,10 @@ def gptq_columns(
     weight, factor, scale, zero_point = (part.float().contiguous() for part in (weight, factor, scale, zero_point))
     codes, errors = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
     half = 1 << (bits - 1)
-    failed = native.gptq_columns(
+    given = (
         *weight.shape,
         *(pointer(part) for part in (weight, factor, scale, zero_point, codes, errors)),
         *(-half, half - 1, VALUE_DTYPES[value_dtype]),
     )
-    if failed:
-        raise MemoryError("no memory for a strip of rows")
+    in_parts(lambda begin, end: int(native.gptq_columns(begin, end, *given)), weight.shape[1], least=LEAST_ROWS)
     return codes, errors

@@ -13,12 +13,12 @@ static inline float missed(float weight, float scale, float lowest, float highes
 }
 
 /* weight: [groups, size]. scale, zero_point (or NULL), norms: [grids, groups]. root (or NULL): [periods, size], for
- * groups that take turns at its rows. */
-VECTORIZED void rounding_errors(int64_t grids, int64_t groups, int64_t size, int64_t period, const float *weight,
-                                const float *scale, const float *zero_point, const float *root, float *norms,
-                                float lowest, float highest) {
+ * groups that take turns at its rows. The groups from begin to end are done. */
+VECTORIZED int rounding_errors(int64_t begin, int64_t end, int64_t grids, int64_t groups, int64_t size, int64_t period,
+                               const float *weight, const float *scale, const float *zero_point, const float *root,
+                               float *norms, float lowest, float highest) {
     static const float ones[LANES] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-    for (int64_t group = 0; group < groups; group++) {
+    for (int64_t group = begin; group < end; group++) {
         const float *values = weight + group * size, *own = root == NULL ? NULL : root + group % period * size;
         for (int64_t at = group; at < grids * groups; at += groups) { /* the weights stay in the first cache */
             float step = scale[at], zero = zero_point == NULL ? 0.0f : zero_point[at];
@@ -40,4 +40,5 @@ VECTORIZED void rounding_errors(int64_t grids, int64_t groups, int64_t size, int
             norms[at] = sqrtf(total);
         }
     }
+    return 0;
 }

@@ -121,3 +121,13 @@ def test_shapes_that_do_not_fit_are_refused():
         gptq_columns(case.weight, case.factor, case.scale, case.zero_point[:, :1], **options)
     with pytest.raises(ValueError, match=r"\(7, 7\) doesn't fit a block of 8 columns"):
         gptq_columns(case.weight, case.factor[:7, :7], case.scale, case.zero_point, **options)
+
+
+@pytest.mark.parametrize("size", [1e-7, 3e-6, 1.0, 2e4], ids=["subnormal", "tiny", "plain", "overflowing"])
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_rounded_as_torch_rounds_them(value_dtype, size):
+    case = Block(6, 70, bits=4)
+    case.factor = torch.eye(6)
+    case.weight, case.scale = case.weight * size, case.scale * size
+    codes, errors = case.run(value_dtype)
+    assert torch.equal(errors, case.weight - (codes * case.scale).to(value_dtype).float())

@@ -10,7 +10,7 @@ from modelzip.kernels.rounding_errors import rounding_errors
 
 pytestmark = pytest.mark.usefixtures("path")
 
-SHAPES = [(1, 1, 1), (3, 2, 15), (2, 3, 16), (5, 4, 17), (2, 2, 64), (3, 1, 100)]
+SHAPES = [(1, 1, 1), (3, 2, 15), (2, 3, 16), (5, 4, 17), (2, 2, 64), (3, 1, 100), (200, 3, 16)]
 
 
 def truth(grouped: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, root: Tensor | None) -> Tensor:
@@ -37,8 +37,8 @@ def test_it_is_the_distance_to_the_nearest_of_all_grid_points(bits, symmetric, w
         found = rounding_errors(grouped, scale, given, bits=bits, root=root)
         wanted = truth(grouped, scale, given, bits=bits, root=root)
         whole, worst = distance(found, wanted)
-        assert whole < 1e-5
-        assert worst < 1e-5
+        assert whole < 2e-6  # measured: 8.5e-7
+        assert worst < 3e-6  # measured: 1.4e-6
 
 
 def test_parts_of_larger_tensors_are_read_right():
