@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -48,15 +49,14 @@ class CheckpointWriter:
         make_parent(target)
         is_new = not partial.exists()
         held = lock(partial, target)
-        try:
+        with ExitStack() as undo:
+            undo.callback(os.close, held)
+            if is_new:
+                undo.callback(shutil.rmtree, partial)
             undo_half_replacement(target)
             check_target(target, overwrite=overwrite, resume=resume, has_partial=not is_new)
             journal = _start(partial, target, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
-        except BaseException:
-            if is_new:
-                shutil.rmtree(partial)
-            os.close(held)
-            raise
+            undo.pop_all()
         return cls(target, source, journal=journal, lock=held)
 
     @property

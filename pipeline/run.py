@@ -225,6 +225,7 @@ def evaluate_models(
         raise RecipeError("Nothing to evaluate on: name a text file with --data FILE.")
     check_source(evaluation.data, field=evaluation.field)
     where = pick_device(device)
+    check_kernels(where)
     checkpoint = Checkpoint.open(model, revision=revision if against is None else None)
     original = None if against is None else Checkpoint.open(against, revision=revision)
     if original is not None:

@@ -223,3 +223,19 @@ def test_a_hub_id_is_fetched_at_its_revision_without_foreign_weights(saved, monk
 def test_a_revision_of_a_local_folder_is_refused(saved):
     with pytest.raises(CheckpointError, match="leave the revision out"):
         Checkpoint.open(str(saved("llama")), revision="main")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ({torch.bfloat16: 100, torch.float32: 10}, torch.bfloat16),
+        ({torch.bfloat16: 100, torch.float32: 60}, torch.float32),
+        ({torch.int32: 1000, torch.float16: 10}, torch.float16),
+        ({torch.int32: 10}, torch.float32),
+    ],
+)
+def test_the_dtype_is_that_of_most_bytes_that_models_compute_in(tmp_path, sizes, wanted):
+    tensors = {f"t{number}": torch.zeros(size, dtype=dtype) for number, (dtype, size) in enumerate(sizes.items())}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert Checkpoint.open(str(tmp_path)).dtype == wanted

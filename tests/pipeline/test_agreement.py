@@ -184,3 +184,10 @@ def test_a_model_in_a_foreign_layout_is_refused(speaking, measured, tmp_path):
     (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"foreign is quantized as awq, which modelzip doesn't read: .*\.$"):
         measured(tmp_path / "foreign", None)
+
+
+def test_kernels_that_are_named_wrong_are_refused_before_anything_is_measured(saved, measured, monkeypatch):
+    monkeypatch.setenv("MODELZIP_KERNELS", "fastest")
+    monkeypatch.setattr("modelzip.pipeline.run.evaluation_windows", lambda *_: pytest.fail("went on"))
+    with pytest.raises(RecipeError, match=r"^MODELZIP_KERNELS is 'fastest'; it must be auto, reference or compiled\.$"):
+        measured(saved("llama"), None)

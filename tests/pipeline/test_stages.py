@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from modelzip.checkpoints.errors import OutputError
+from modelzip.checkpoints.errors import OutputError, RecipeError
 from modelzip.compressors.quantize.settings import Gptq, Rtn
 from modelzip.pipeline.run import plan_recipe, run_recipe
 
@@ -187,3 +187,10 @@ def test_an_output_that_exists_is_refused_before_a_gguf_file_is_converted(compre
     monkeypatch.setattr("modelzip.pipeline.run._open", lambda _: pytest.fail("opened"))
     with pytest.raises(OutputError, match=r"exists already; give --overwrite to replace it"):
         compress(tmp_path / "model.gguf", taken, {"method": "rtn"})
+
+
+def test_kernels_that_are_named_wrong_are_refused_before_the_model_is_opened(compress, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELZIP_KERNELS", "fastest")
+    monkeypatch.setattr("modelzip.pipeline.run._open", lambda _: pytest.fail("opened"))
+    with pytest.raises(RecipeError, match=r"^MODELZIP_KERNELS is 'fastest'; it must be auto, reference or compiled\.$"):
+        compress(tmp_path / "model", tmp_path / "out", {"method": "rtn"})
