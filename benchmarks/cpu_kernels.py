@@ -1,4 +1,4 @@
-"""Each compiled CPU kernel beside its plain-torch reference, alternating in one process, on one column block or slab.
+"""Each compiled CPU kernel beside its plain-torch reference, alternating in one process, on sizes of real layers.
 
 python benchmarks/cpu_kernels.py        # prints a table and writes benchmarks/results/cpu-kernels.json
 """
@@ -14,8 +14,11 @@ from pathlib import Path
 
 import torch
 
+from modelzip.checkpoints.memory import keep_freed
 from modelzip.kernels.gptq_columns import gptq_columns
+from modelzip.kernels.mixed_linear import mixed_linear
 from modelzip.kernels.rounding_errors import rounding_errors
+from modelzip.kernels.second_moment import add_second_moment
 from modelzip.pipeline.environment import environment
 
 HERE = Path(__file__).parent
@@ -37,6 +40,18 @@ def search(out: int, columns: int, grids: int = 24) -> Callable[[], object]:
     return lambda: rounding_errors(grouped, scale, None, bits=4, root=root)
 
 
+def linear(width: int, out: int, tokens: int = 2048) -> Callable[[], object]:
+    """A forward through one linear, bf16 activations and fp32 weight."""
+    x, weight = torch.randn(tokens, width).bfloat16(), torch.randn(out, width)
+    return lambda: mixed_linear(x, weight)
+
+
+def moment(width: int, tokens: int = 2048) -> Callable[[], object]:
+    """What a batch adds to a Hessian."""
+    total, rows = torch.zeros(width, width), torch.randn(tokens, width).bfloat16()
+    return lambda: add_second_moment(total, rows)
+
+
 CASES = {
     "gptq_columns [128, 192]": columns(128, 192),
     "gptq_columns [128, 576]": columns(128, 576),
@@ -44,6 +59,14 @@ CASES = {
     "gptq_columns [128, 4096]": columns(128, 4096),
     "rounding_errors [227, 576] x 24": search(227, 576),
     "rounding_errors [85, 1536] x 24": search(85, 1536),
+    "mixed_linear [192, 576]": linear(576, 192),
+    "mixed_linear [576, 576]": linear(576, 576),
+    "mixed_linear [1536, 576]": linear(576, 1536),
+    "mixed_linear [576, 1536]": linear(1536, 576),
+    "mixed_linear [4096, 4096]": linear(4096, 4096),
+    "second_moment [576, 576]": moment(576),
+    "second_moment [1536, 1536]": moment(1536),
+    "second_moment [4096, 4096]": moment(4096),
 }
 
 
@@ -55,6 +78,7 @@ def timed(run: Callable[[], object], path: str) -> float:
 
 
 def main() -> None:
+    keep_freed()  # as the command line does: else much of the time goes into pages that the system clears
     found = {}
     for name, run in CASES.items():
         times: dict[str, list[float]] = {path: [] for path in PATHS}

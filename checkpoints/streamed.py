@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from modelzip.kernels.mixed_linear import mixed_linear
+
 from .blocks import Block, Structure, find_structure, skeleton
 from .index import Checkpoint
 from .memory import give_back
@@ -20,9 +22,6 @@ from .walk import Stop, Walk
 
 HEAD_ROWS = 8192
 """Rows of an output head that are cast to the type of the product at once."""
-
-CAST_TOKENS = 512
-"""Tokens that are cast to the type of the product at once: enough for its full speed, and still in the cache."""
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -172,13 +171,9 @@ def _product(module: nn.Linear | Conv1D, dtype: torch.dtype) -> Callable[[Tensor
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         if weight.dtype == dtype == x.dtype:
             return nn.functional.linear(x, weight, bias)
+        if weight.dtype == dtype == torch.float32:
+            return mixed_linear(x, weight, bias)
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        if weight.dtype == dtype:
-            parts = torch.split(x.reshape(-1, x.shape[-1]), CAST_TOKENS)
-            results = torch.split(out.view(-1, out.shape[-1]), CAST_TOKENS)
-            for part, result in zip(parts, results, strict=True):
-                result.copy_(nn.functional.linear(part.to(dtype), weight, bias))
-            return out
         y = x.to(dtype)
         for begin in range(0, weight.shape[0], HEAD_ROWS):
             rows = slice(begin, begin + HEAD_ROWS)

@@ -130,6 +130,7 @@ class Environment(Section):
     device: str = Field(description="Device that the work ran on: cpu or cuda with its name")
     threads: int = Field(description="Threads that PyTorch used")
     kernels: str = Field(description='Path that the kernels took: "compiled", or "reference", which is plain PyTorch')
+    products: str = Field(description="The same for matrix products, which are compiled for CPUs with AVX2")
 
 
 class Report(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import Tensor
 
 from .native import library
@@ -25,3 +26,20 @@ def path(*tensors: Tensor) -> str:
     if wanted == "compiled" and not on_cpu:
         raise ValueError("MODELZIP_KERNELS is 'compiled', but the compiled kernels take tensors on the CPU")
     return wanted
+
+
+def product_path(*tensors: Tensor) -> str:
+    """The same for a matrix product, which is compiled for x86-64 with AVX2.
+
+    With AVX-512 `auto` takes torch's, which has twice the width there; the two have not been timed beside each other.
+    """
+    found, capability = path(*tensors), torch.backends.cpu.get_cpu_capability()
+    if found == "reference" or capability == "AVX2":
+        return found
+    if os.environ.get("MODELZIP_KERNELS", "auto") == "auto":
+        return "reference"
+    if capability != "AVX512":
+        raise ValueError(
+            f"MODELZIP_KERNELS is 'compiled', but its matrix products need AVX2; this CPU has {capability}"
+        )
+    return found

@@ -12,6 +12,34 @@
 #define VECTORIZED
 #endif
 
+/* Threads come from the OpenMP library that torch has loaded: threads of our own would contend with torch's, which wait
+ * for work by spinning. */
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_thread_num(void) { return 0; }
+#endif
+
+static inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
+
+/* Numbers that Python gives for the types of tensors. */
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+/* Run `statement` with DTYPE a constant in each branch, so that its loops hold no choice. */
+#define FOR_DTYPE(dtype, statement)                                                                                    \
+    do {                                                                                                               \
+        if ((dtype) == FLOAT32) {                                                                                      \
+            enum { DTYPE = FLOAT32 };                                                                                  \
+            statement;                                                                                                 \
+        } else if ((dtype) == BFLOAT16) {                                                                              \
+            enum { DTYPE = BFLOAT16 };                                                                                 \
+            statement;                                                                                                 \
+        } else {                                                                                                       \
+            enum { DTYPE = FLOAT16 };                                                                                  \
+            statement;                                                                                                 \
+        }                                                                                                              \
+    } while (0)
+
 /* The whole number nearest to value (ties to even) between two whole numbers of less than 2^22. */
 static inline float round_between(float value, float lowest, float highest) {
     const float whole = 12582912.0f; /* 1.5 * 2^23: sums near it have no fraction */

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 
@@ -14,10 +11,22 @@ import torch
 from torch import Tensor
 
 ARGUMENTS = {
-    "gptq_columns": (*[c_int64] * 4, *[c_void_p] * 6, c_float, c_float, c_int),
-    "rounding_errors": (*[c_int64] * 6, *[c_void_p] * 5, c_float, c_float),
+    "gptq_columns": (c_int, *[c_int64] * 2, *[c_void_p] * 6, c_float, c_float, c_int, c_void_p),
+    "rounding_errors": (c_int, *[c_int64] * 4, *[c_void_p] * 5, c_float, c_float),
 }
-"""Types of each function's arguments, as the C files have them."""
+"""Types of each function's arguments, as the C files have them. The first is how many threads it may take."""
+
+PRODUCTS = {
+    "mixed_linear": (c_int, *[c_int64] * 5, c_int, *[c_void_p] * 6),
+    "second_moment": (c_int, *[c_int64] * 2, c_int, *[c_void_p] * 4),
+}
+"""The same for those that only x86-64 has."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Types of values, as native.h numbers them."""
+
+TILE_COLUMNS = 24
+"""As tile.h has it."""
 
 
 @cache
@@ -28,28 +37,14 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         native = ctypes.CDLL(spec.origin)
-    except OSError:  # built for another C library, for example
+    except OSError:  # built for another C library, or torch has another way to run threads
         return None
     for name, types in ARGUMENTS.items():
         getattr(native, name).argtypes = types
+    for name, types in PRODUCTS.items():
+        if hasattr(native, name):
+            getattr(native, name).argtypes = types
     return native
-
-
-def in_parts(run: Callable[[int, int], int], count: int, *, least: int) -> None:
-    """Call run(begin, end) for ranges that make up 0 ... count, side by side on as many threads as torch uses.
-
-    least: a range is a multiple of this, but for the last one. Raises MemoryError if a call returns anything but 0.
-    """
-    units = -(-count // least)
-    parts = max(1, min(torch.get_num_threads(), units))
-    edges = [min(count, units * part // parts * least) for part in range(parts + 1)]
-    if any(map(run, edges, edges[1:]) if parts == 1 else _threads().map(run, edges, edges[1:])):
-        raise MemoryError("no memory for a kernel's scratch space")
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count())
 
 
 def pointer(tensor: Tensor) -> int:

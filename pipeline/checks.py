@@ -27,7 +27,7 @@ REPORT: Final = "report.json"
 def check_kernels(device: torch.device) -> None:
     """Raise RecipeError if the kernels can't take the path that the environment names."""
     try:
-        dispatch.path(torch.empty(0, device=device))
+        dispatch.product_path(torch.empty(0, device=device))
     except ValueError as error:
         raise RecipeError(f"{error}.") from None
 

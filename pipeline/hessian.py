@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-PANEL = 128
-"""Columns of a panel: only panels on and under the diagonal are computed."""
-
-CAST_TOKENS = 1024
-"""Tokens that are cast to fp32 at once. More take more memory and no less time."""
+from modelzip.kernels.second_moment import add_second_moment
 
 
 def accumulate(total: Tensor, inputs: Tensor) -> int:
-    """Add the products of inputs [..., in] to the lower panels of total [in, in] (fp32); returns the token count.
-
-    H is symmetric, so this is a symmetric rank-k update: (1 + 1/panels) / 2 of the full product's work.
-    """
+    """Add the products of inputs [..., in] to total [in, in] (fp32), under its diagonal; returns the token count."""
     rows = inputs.reshape(-1, inputs.shape[-1])
-    width = total.shape[0]
-    for part in torch.split(rows, CAST_TOKENS):
-        x = part.to(total.dtype)
-        for start in range(0, width, PANEL):
-            stop = min(start + PANEL, width)
-            total[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+    add_second_moment(total, rows)
     return rows.shape[0]
 
 

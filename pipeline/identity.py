@@ -31,7 +31,7 @@ def header_hash(checkpoint: Checkpoint) -> str:
 
 def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
     """SHA-256 of all that the output's bytes depend on: recipe, input (its files' sizes and times too), versions,
-    the kernels' path.
+    the kernels' paths.
 
     Files beside the weights count too: the tokenizer makes the calibration tokens, and all of them are carried along.
     """
@@ -43,7 +43,7 @@ def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
     if Path(source).is_file():
         stats.append((Path(source).name, Path(source).stat().st_size, Path(source).stat().st_mtime_ns))
     versions = {name: package_version(name) for name in PACKAGES}
-    whole = [data, stats, header_hash(checkpoint), versions, dispatch.path()]
+    whole = [data, stats, header_hash(checkpoint), versions, dispatch.path(), dispatch.product_path()]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 

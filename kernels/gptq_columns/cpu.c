@@ -5,14 +5,11 @@
  */
 
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "../native.h"
 
 #define STRIP 32 /* rows taken together: four AVX2 registers */
-
-enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 static inline float as_bfloat16(float value) {
     uint32_t bits;
@@ -48,46 +45,43 @@ static inline void round_column(const float *column, const float *scale, const f
     }
 }
 
-/* weight, scale, zero_point, codes, errors: [block, rows], of which the rows from begin to end are done. factor:
- * [block, block]. Returns 0, or -1 without memory. */
-VECTORIZED int gptq_columns(int64_t begin, int64_t end, int64_t block, int64_t rows, const float *weight,
-                            const float *factor, const float *scale, const float *zero_point, int8_t *codes,
-                            float *errors, float lowest, float highest, int value_dtype) {
-    float *strip = malloc(block * STRIP * sizeof(float));
-    if (strip == NULL)
-        return -1;
-    for (int64_t first = begin; first < end; first += STRIP) {
-        int64_t count = end - first < STRIP ? end - first : STRIP;
-        memset(strip, 0, block * STRIP * sizeof(float));
-        for (int64_t j = 0; j < block; j++)
-            memcpy(strip + j * STRIP, weight + j * rows + first, count * sizeof(float));
-        for (int64_t j = 0; j < block; j++) {
-            const float *row = factor + j * block;
-            float steps[STRIP], zeros[STRIP] = {0}, levels[STRIP], error[STRIP];
+/* One strip of the rows, from `first` on. */
+VECTORIZED static void one_strip(int64_t first, int64_t block, int64_t rows, const float *weight, const float *factor,
+                                 const float *scale, const float *zero_point, int8_t *codes, float *errors,
+                                 float lowest, float highest, int value_dtype, float *strip) {
+    int64_t count = least(STRIP, rows - first);
+    memset(strip, 0, block * STRIP * sizeof(float));
+    for (int64_t j = 0; j < block; j++)
+        memcpy(strip + j * STRIP, weight + j * rows + first, count * sizeof(float));
+    for (int64_t j = 0; j < block; j++) {
+        const float *row = factor + j * block;
+        float steps[STRIP], zeros[STRIP] = {0}, levels[STRIP], error[STRIP];
+        for (int r = 0; r < STRIP; r++)
+            steps[r] = 1.0f;
+        memcpy(steps, scale + j * rows + first, count * sizeof(float));
+        memcpy(zeros, zero_point + j * rows + first, count * sizeof(float));
+        const float *column = strip + j * STRIP;
+        float inverse = 1.0f / row[j];
+        FOR_DTYPE(value_dtype, round_column(column, steps, zeros, inverse, lowest, highest, DTYPE, levels, error));
+        for (int64_t r = 0; r < count; r++)
+            codes[j * rows + first + r] = (int8_t)levels[r];
+        memcpy(errors + j * rows + first, error, count * sizeof(float));
+        for (int64_t k = j + 1; k < block; k++) {
+            float *later = strip + k * STRIP;
+            float share = row[k];
             for (int r = 0; r < STRIP; r++)
-                steps[r] = 1.0f;
-            memcpy(steps, scale + j * rows + first, count * sizeof(float));
-            memcpy(zeros, zero_point + j * rows + first, count * sizeof(float));
-            const float *column = strip + j * STRIP;
-            float inverse = 1.0f / row[j];
-            /* a constant for each dtype, so that the loop holds no branch */
-            if (value_dtype == BFLOAT16)
-                round_column(column, steps, zeros, inverse, lowest, highest, BFLOAT16, levels, error);
-            else if (value_dtype == FLOAT16)
-                round_column(column, steps, zeros, inverse, lowest, highest, FLOAT16, levels, error);
-            else
-                round_column(column, steps, zeros, inverse, lowest, highest, FLOAT32, levels, error);
-            for (int64_t r = 0; r < count; r++)
-                codes[j * rows + first + r] = (int8_t)levels[r];
-            memcpy(errors + j * rows + first, error, count * sizeof(float));
-            for (int64_t k = j + 1; k < block; k++) {
-                float *later = strip + k * STRIP;
-                float share = row[k];
-                for (int r = 0; r < STRIP; r++)
-                    later[r] -= share * error[r];
-            }
+                later[r] -= share * error[r];
         }
     }
-    free(strip);
-    return 0;
+}
+
+/* weight, scale, zero_point, codes, errors: [block, rows]. factor: [block, block]. strips: [threads, block, STRIP], for
+ * scratch. */
+void gptq_columns(int threads, int64_t block, int64_t rows, const float *weight, const float *factor,
+                  const float *scale, const float *zero_point, int8_t *codes, float *errors, float lowest,
+                  float highest, int value_dtype, float *strips) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t first = 0; first < rows; first += STRIP)
+        one_strip(first, block, rows, weight, factor, scale, zero_point, codes, errors, lowest, highest, value_dtype,
+                  strips + omp_get_thread_num() * block * STRIP);
 }

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import in_parts, library, pointer
+from ..native import DTYPES, library, pointer
 
-VALUE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-LEAST_ROWS = 128
-"""Rows that are worth a thread of their own; a multiple of the strip in cpu.c."""
+STRIP = 32
+"""Rows taken together in cpu.c."""
 
 
 def gptq_columns(
@@ -21,10 +19,9 @@ def gptq_columns(
     weight, factor, scale, zero_point = (part.float().contiguous() for part in (weight, factor, scale, zero_point))
     codes, errors = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
     half = 1 << (bits - 1)
-    given = (
-        *weight.shape,
-        *(pointer(part) for part in (weight, factor, scale, zero_point, codes, errors)),
-        *(-half, half - 1, VALUE_DTYPES[value_dtype]),
-    )
-    in_parts(lambda begin, end: int(native.gptq_columns(begin, end, *given)), weight.shape[1], least=LEAST_ROWS)
+    threads = torch.get_num_threads()
+    matrices = (weight, factor, scale, zero_point, codes, errors)
+    scratch = torch.empty(threads, weight.shape[0], STRIP)
+    levels = (-half, half - 1, DTYPES[value_dtype])
+    native.gptq_columns(threads, *weight.shape, *map(pointer, matrices), *levels, pointer(scratch))
     return codes, errors

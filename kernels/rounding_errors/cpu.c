@@ -6,17 +6,17 @@
 
 #include "../native.h"
 
+#define SPAN 64  /* groups that a thread takes at a time */
 #define LANES 16 /* sums kept apart, so that they can be added side by side */
 
 static inline float missed(float weight, float scale, float lowest, float highest, float root) {
     return (weight - round_between(weight / scale, lowest, highest) * scale) * root;
 }
 
-/* weight: [groups, size]. scale, zero_point (or NULL), norms: [grids, groups]. root (or NULL): [periods, size], for
- * groups that take turns at its rows. The groups from begin to end are done. */
-VECTORIZED int rounding_errors(int64_t begin, int64_t end, int64_t grids, int64_t groups, int64_t size, int64_t period,
-                               const float *weight, const float *scale, const float *zero_point, const float *root,
-                               float *norms, float lowest, float highest) {
+/* The groups from begin to end. */
+VECTORIZED static void some_groups(int64_t begin, int64_t end, int64_t grids, int64_t groups, int64_t size,
+                                   int64_t period, const float *weight, const float *scale, const float *zero_point,
+                                   const float *root, float *norms, float lowest, float highest) {
     static const float ones[LANES] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     for (int64_t group = begin; group < end; group++) {
         const float *values = weight + group * size, *own = root == NULL ? NULL : root + group % period * size;
@@ -40,5 +40,15 @@ VECTORIZED int rounding_errors(int64_t begin, int64_t end, int64_t grids, int64_
             norms[at] = sqrtf(total);
         }
     }
-    return 0;
+}
+
+/* weight: [groups, size]. scale, zero_point (or NULL), norms: [grids, groups]. root (or NULL): [period, size], for
+ * groups that take turns at its rows. */
+void rounding_errors(int threads, int64_t grids, int64_t groups, int64_t size, int64_t period, const float *weight,
+                     const float *scale, const float *zero_point, const float *root, float *norms, float lowest,
+                     float highest) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t first = 0; first < groups; first += SPAN)
+        some_groups(first, least(first + SPAN, groups), grids, groups, size, period, weight, scale, zero_point, root,
+                    norms, lowest, highest);
 }

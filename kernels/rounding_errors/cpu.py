@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import in_parts, library, pointer
-
-LEAST_GROUPS = 256
-"""Groups that are worth a thread of their own."""
+from ..native import library, pointer
 
 
 def rounding_errors(
@@ -20,10 +17,7 @@ def rounding_errors(
     norms = torch.empty(scale.shape)
     rows, groups, size = grouped.shape
     half = 1 << (bits - 1)
-    given = (
-        *(scale.shape[0], rows * groups, size, groups),
-        *(None if part is None else pointer(part) for part in (*parts, norms)),
-        *(-half, half - 1),
-    )
-    in_parts(lambda begin, end: int(native.rounding_errors(begin, end, *given)), rows * groups, least=LEAST_GROUPS)
+    pointers = (None if part is None else pointer(part) for part in (*parts, norms))
+    sizes = (scale.shape[0], rows * groups, size, groups)
+    native.rounding_errors(torch.get_num_threads(), *sizes, *pointers, -half, half - 1)
     return norms

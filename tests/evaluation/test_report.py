@@ -91,6 +91,7 @@ def sample(modules: int = 7, fallbacks: int = 1) -> dict[str, Any]:
         "time": {"total_s": 83.4, "phases": {"forward_s": 40.0, "solve_s": 30.0}},
         "peak_memory_mb": 740.0,
         "environment": {
+            "products": "reference",
             "python": "3.11.7",
             "torch": "2.13.0",
             "transformers": "5.23.0",

@@ -31,6 +31,14 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+@pytest.fixture
+def product_path(path: str) -> str:
+    """The same for matrix products, whose compiled path takes AVX2."""
+    if path == "compiled" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this CPU has no AVX2")
+    return path
+
+
 @pytest.fixture(scope="session")
 def distance() -> Callable[[Tensor, Tensor], tuple[float, float]]:
     """distance(found, truth) -> relative Frobenius norm of the difference, and its worst row over the typical row."""

@@ -35,3 +35,29 @@ def test_a_path_that_is_named_is_taken_or_refused(monkeypatch):
     monkeypatch.setenv("MODELZIP_KERNELS", "fastest")
     with pytest.raises(ValueError, match="it must be auto, reference or compiled"):
         dispatch.path(HERE)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability", "taken"),
+    [
+        ("auto", "AVX2", "compiled"),
+        ("auto", "AVX512", "reference"),
+        ("auto", "DEFAULT", "reference"),
+        ("compiled", "AVX2", "compiled"),
+        ("compiled", "AVX512", "compiled"),
+        ("reference", "AVX2", "reference"),
+    ],
+)
+def test_a_product_is_compiled_where_that_pays(monkeypatch, wanted, capability, taken):
+    monkeypatch.setattr(dispatch, "library", lambda: object())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setenv("MODELZIP_KERNELS", wanted)
+    assert dispatch.product_path(HERE) == taken
+
+
+def test_a_compiled_product_that_this_cpu_cannot_run_is_refused(monkeypatch):
+    monkeypatch.setattr(dispatch, "library", lambda: object())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setenv("MODELZIP_KERNELS", "compiled")
+    with pytest.raises(ValueError, match="its matrix products need AVX2; this CPU has DEFAULT"):
+        dispatch.product_path(HERE)
