@@ -17,7 +17,7 @@ ARGUMENTS = {
 """Types of each function's arguments, as the C files have them. The first is how many threads it may take."""
 
 PRODUCTS = {
-    "mixed_linear": (c_int, *[c_int64] * 5, c_int, *[c_void_p] * 6),
+    "mixed_linear": (c_int, *[c_int64] * 6, c_int, *[c_void_p] * 6),
     "second_moment": (c_int, *[c_int64] * 2, c_int, *[c_void_p] * 4),
 }
 """The same for those that only x86-64 has."""

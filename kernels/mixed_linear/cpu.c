@@ -1,7 +1,7 @@
 /* A linear in fp32 between activations in fewer bits; reference.py is the definition.
  *
- * Both sides are laid out so that the innermost loop reads them in order: the weight once, the activations for a strip
- * of tokens at a time, widened on the way. Sums of a strip are rounded while they lie in the first cache. Each output
+ * Both sides are laid out so that the innermost loop reads them in order: a span of the outputs' weights at a time, then
+ * the activations for a strip of tokens after the other, widened on the way. Sums of a strip are rounded while they lie in the first cache. Each output
  * is summed in the same order, however the tokens are divided.
  */
 
@@ -49,18 +49,18 @@ FUSED static inline void store(int64_t count, int64_t width, const float *sums, 
             narrow(sums[token * TILE_COLUMNS + j], y, at + token * stride + j, dtype);
 }
 
-/* y [count, out] from a strip and the packed weight. */
-FUSED static void one_strip(int64_t first, int64_t count, int64_t in, int64_t out, int dtype, const float *strip,
-                            const float *packed, const float *bias, void *y) {
+/* Outputs from `begin` to `end` of y [count, out], from a strip and their packed weights. */
+FUSED static void one_strip(int64_t first, int64_t count, int64_t in, int64_t out, int64_t begin, int64_t end,
+                            int dtype, const float *strip, const float *packed, const float *bias, void *y) {
     float sums[STRIP * TILE_COLUMNS];
-    for (int64_t column = 0; column < out; column += TILE_COLUMNS) {
-        int64_t width = least(TILE_COLUMNS, out - column);
+    for (int64_t column = begin; column < end; column += TILE_COLUMNS) {
+        int64_t width = least(TILE_COLUMNS, end - column);
         memset(sums, 0, sizeof sums);
         for (int64_t token = 0; token < count && bias != NULL; token++)
             memcpy(sums + token * TILE_COLUMNS, bias + column, width * sizeof(float));
         for (int64_t start = 0; start < in; start += DEPTH) {
             int64_t depth = least(DEPTH, in - start);
-            const float *panel = packed + column * in + start * TILE_COLUMNS;
+            const float *panel = packed + (column - begin) * in + start * TILE_COLUMNS;
             for (int64_t token = 0; token < count; token += TILE_ROWS)
                 add_tile(depth, strip + start * STRIP + token * depth, panel, sums + token * TILE_COLUMNS, TILE_COLUMNS);
         }
@@ -69,20 +69,24 @@ FUSED static void one_strip(int64_t first, int64_t count, int64_t in, int64_t ou
 }
 
 /* x: [tokens, in], y: [tokens, out], both of `dtype`. weight: [out, in], rows and columns `row` and `column` apart.
- * bias: [out] or NULL. packed: [panels, in, TILE_COLUMNS] and strips: [threads, STRIP, in], for scratch. */
-FUSED void mixed_linear(int threads, int64_t tokens, int64_t in, int64_t out, int64_t row, int64_t column, int dtype,
-                        const void *x, const float *weight, const float *bias, void *y, float *packed, float *strips) {
+ * bias: [out] or NULL. span: outputs taken together, a multiple of TILE_COLUMNS. packed: [span, in] and strips:
+ * [threads, STRIP, in], for scratch. */
+FUSED void mixed_linear(int threads, int64_t tokens, int64_t in, int64_t out, int64_t row, int64_t column, int64_t span,
+                        int dtype, const void *x, const float *weight, const float *bias, void *y, float *packed,
+                        float *strips) {
 #pragma omp parallel num_threads(threads)
-    {
+    for (int64_t begin = 0; begin < out; begin += span) {
         float *strip = strips + omp_get_thread_num() * STRIP * in;
+        int64_t end = least(begin + span, out);
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < out; first += TILE_COLUMNS)
-            pack_panel(least(TILE_COLUMNS, out - first), in, row, column, weight + first * row, packed + first * in);
+        for (int64_t first = begin; first < end; first += TILE_COLUMNS)
+            pack_panel(least(TILE_COLUMNS, end - first), in, row, column, weight + first * row,
+                       packed + (first - begin) * in);
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < tokens; first += STRIP) {
             int64_t count = least(STRIP, tokens - first);
             FOR_DTYPE(dtype, pack_strip(first, count, in, x, DTYPE, strip));
-            one_strip(first, count, in, out, dtype, strip, packed, bias, y);
+            one_strip(first, count, in, out, begin, end, dtype, strip, packed, bias, y);
         }
     }
 }

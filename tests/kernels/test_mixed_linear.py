@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelzip.kernels.mixed_linear import mixed_linear
+from modelzip.kernels.mixed_linear import cpu, mixed_linear
 
 pytestmark = pytest.mark.usefixtures("product_path")
 
@@ -55,6 +55,14 @@ def test_threads_do_not_change_the_result(threads, monkeypatch):
     x, weight, bias = given(200, 300, 70, torch.bfloat16)
     wanted = mixed_linear(x, weight, bias)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch.equal(mixed_linear(x, weight, bias), wanted)
+
+
+@pytest.mark.parametrize("span", [1, 10_000, 20_000])
+def test_spans_of_the_outputs_do_not_change_the_result(span, monkeypatch):
+    x, weight, bias = given(70, 100, 70, torch.bfloat16)  # three panels of 24 * 100 * 4 bytes
+    wanted = mixed_linear(x, weight, bias)
+    monkeypatch.setattr(cpu, "SPAN_BYTES", span)
     assert torch.equal(mixed_linear(x, weight, bias), wanted)
 
 
