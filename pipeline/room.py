@@ -14,6 +14,8 @@ from modelzip.checkpoints.errors import MachineError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.schema import Recipe
 
+from .measure import pick_dtype
+
 BASE_BYTES: Final = 420 << 20
 """Python, torch and transformers in memory."""
 
@@ -28,7 +30,8 @@ def memory_needed(
     needed = BASE_BYTES + 2 * max(blocks, default=0) + rest + 12 * widest * widest
     if needs_data:
         tokens = recipe.calibration.samples * recipe.calibration.seq_len
-        element = 2 if checkpoint.dtype != torch.float32 else 4
+        device = torch.device("cpu" if recipe.device == "auto" else recipe.device)
+        element = pick_dtype(recipe.dtype, checkpoint, device).itemsize
         width = config.get_text_config().hidden_size
         needed += (
             tokens * element * (6 * width + widest)

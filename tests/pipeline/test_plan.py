@@ -245,6 +245,20 @@ def test_more_calibration_text_needs_more_memory_and_a_method_without_data_does_
     assert memory("gptq", 1000) > memory("gptq", 10) > memory("rtn", 10) == memory("rtn", 1000)
 
 
+def test_memory_is_reckoned_in_the_type_that_the_forward_computes_in(models, recipe_of, tmp_path):
+    folder = models.saved("llama", tmp_path, dtype=torch.float16)
+
+    def held(dtype: str) -> int:
+        few, many = (
+            recipe_of(folder, {"method": "gptq"}, calibration={"samples": samples}, dtype=dtype, device="cpu")
+            for samples in (8, 1008)
+        )
+        plans = [plan_recipe(recipe, output=HERE)[0] for recipe in (few, many)]
+        return plans[1].memory_bytes - plans[0].memory_bytes
+
+    assert held("auto") == held("float32") == 2 * held("float16")  # on a CPU, fp16 runs in fp32
+
+
 def test_an_output_that_is_there_is_refused_before_the_model_writes_its_text(saved, compress, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("data")
