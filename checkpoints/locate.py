@@ -19,25 +19,31 @@ _NOT_FETCHED: Final = (
 
 def locate(model: str, *, revision: str | None) -> Path:
     """The local folder that holds `model`, fetched or converted first where that is needed."""
+    check_named(model, revision=revision)
     path = Path(model).expanduser()
     if path.is_dir():
-        _refuse_revision(model, revision)
         return path
     if path.is_file():
-        _refuse_revision(model, revision)
-        if path.suffix.lower() != ".gguf":
-            raise CheckpointError(f"{model} is a file; name the folder that holds the model, a hub id or a .gguf file.")
         from .gguf import converted
 
         return converted(path)
-    if _looks_like_hub_id(model):
-        return _fetch(model, revision=revision)
-    raise CheckpointError(f"There is no model at {model}{_suggestion(path)}; name a folder, a hub id or a .gguf file.")
+    return _fetch(model, revision=revision)
 
 
-def _refuse_revision(model: str, revision: str | None) -> None:
-    if revision is not None:
+def check_named(model: str, *, revision: str | None) -> None:
+    """Raise CheckpointError if `model` is neither a folder, nor a GGUF file, nor might be a hub id.
+
+    This imports nothing large, so that a slip is told at once.
+    """
+    path = Path(model).expanduser()
+    is_local = path.is_dir() or path.is_file()
+    if is_local and revision is not None:
         raise CheckpointError(f"The revision {revision} was asked for, but {model} is local; leave the revision out.")
+    if path.is_file() and path.suffix.lower() != ".gguf":
+        raise CheckpointError(f"{model} is a file; name the folder that holds the model, a hub id or a .gguf file.")
+    if not is_local and not _looks_like_hub_id(model):
+        there = _suggestion(path)
+        raise CheckpointError(f"There is no model at {model}{there}; name a folder, a hub id or a .gguf file.")
 
 
 def _looks_like_hub_id(model: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from modelzip.checkpoints.locate import check_named
 from modelzip.recipes.naming import default_output
 from modelzip.recipes.schema import STAGES, Recipe
 
@@ -40,6 +41,7 @@ def _compress(recipe: Recipe, values: Mapping[str, Any]) -> None:
     if recipe.model is None:
         recipe = recipe.model_copy(update={"model": model_or_demo(None)})
         write_errors([f"no model is named, so this takes the demo model, {recipe.model}"], prefix="")
+    check_named(str(recipe.model), revision=recipe.revision)
     output = Path(recipe.output).expanduser() if recipe.output else default_output(str(recipe.model), recipe)
     if values["dry_run"]:
         _plan(recipe, output, as_json=bool(values["json"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from modelzip.checkpoints.locate import check_named
 from modelzip.evaluation import gates
 from modelzip.recipes.schema import Evaluation
 
@@ -55,6 +56,9 @@ def _evaluate(options: list[Option], values: Mapping[str, Any]) -> None:
     recipe = checked(data, "", renamed=renamed, least_stages=0)
     conditions = gates.parse_gates(recipe.evaluate.fail_if)
     gates.require_measured(conditions, evaluation=True, original=values["against"] is not None)
+    check_named(str(recipe.model), revision=recipe.revision)
+    if values["against"] is not None:
+        check_named(values["against"], revision=None)
     from modelzip.checkpoints.memory import keep_freed
     from modelzip.pipeline.run import evaluate_models
 

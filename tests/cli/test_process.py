@@ -20,9 +20,12 @@ def start(*arguments: str, code: str = STARTER, **more) -> subprocess.Popen:
 
 @pytest.mark.parametrize(
     "line",
-    ["--help", "quantize --help", "methods", "methods gptq", "recipe schema", "quantize m --bits 9", "--version"],
+    [
+        *("--help", "quantize --help", "methods", "methods gptq", "recipe schema", "quantize m --bits 9", "--version"),
+        *("quantize ./nothing", "evaluate ./nothing --data a.txt", "evaluate . --against ./nothing --data a.txt"),
+    ],
 )
-def test_help_and_option_errors_import_no_heavy_library(line):
+def test_help_and_slips_import_no_heavy_library(line):
     code = (
         "import sys\nfrom modelzip.cli.main import answer\nanswer(sys.argv[1:])\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
