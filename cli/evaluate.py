@@ -56,9 +56,9 @@ def _evaluate(options: list[Option], values: Mapping[str, Any]) -> None:
     recipe = checked(data, "", renamed=renamed, least_stages=0)
     conditions = gates.parse_gates(recipe.evaluate.fail_if)
     gates.require_measured(conditions, evaluation=True, original=values["against"] is not None)
-    check_named(str(recipe.model), revision=recipe.revision)
-    if values["against"] is not None:
-        check_named(values["against"], revision=None)
+    named = [str(recipe.model), *([] if values["against"] is None else [values["against"]])]
+    for number, one in enumerate(named, 1):  # a revision is that of the original
+        check_named(one, revision=recipe.revision if number == len(named) else None)
     from modelzip.checkpoints.memory import keep_freed
     from modelzip.pipeline.run import evaluate_models
 

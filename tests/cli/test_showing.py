@@ -53,6 +53,18 @@ def test_a_dry_run_prints_the_plan_as_json(pipeline, capsys):
     }
 
 
+def test_a_revision_is_that_of_the_original(pipeline, tmp_path, capsys):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "big").mkdir()
+    assert answer(["evaluate", "small", "--against", "owner/big", "--revision", "main", "--data", "d.txt"]) == 0
+    assert pipeline.asked["against"] == "owner/big"
+    assert answer(["evaluate", "owner/small", "--revision", "main", "--data", "d.txt"]) == 0
+    for line in ("small --against big", "small"):
+        capsys.readouterr()
+        assert answer(["evaluate", *line.split(), "--revision", "main", "--data", "d.txt"]) == 2
+        assert f"but {line.split()[-1]} is local; leave the revision out" in capsys.readouterr().err
+
+
 def test_evaluate_compares_with_the_original_and_prints_the_whole_report(pipeline, capsys):
     assert answer(["evaluate", "small", "--against", "big", "--data", "d.txt", "--windows", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == pipeline.report
