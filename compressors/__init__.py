@@ -8,8 +8,20 @@ from typing import Annotated, Final
 
 from pydantic import Field
 
+from modelzip.compressors.distill.settings import DistillSettings, Labels
+from modelzip.compressors.factorize.settings import FactorizeSettings, Svd
+from modelzip.compressors.prune.settings import Magnitude
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
+from modelzip.compressors.settings import MethodSettings
 
 QUANTIZE: Final[Mapping[str, type[QuantizeSettings]]] = MappingProxyType({"rtn": Rtn, "gptq": Gptq})
-
 QuantizeMethod = Annotated[Rtn | Gptq, Field(discriminator="method")]
+
+PRUNE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType({"magnitude": Magnitude})
+PruneMethod = Magnitude
+
+FACTORIZE: Final[Mapping[str, type[FactorizeSettings]]] = MappingProxyType({"svd": Svd})
+FactorizeMethod = Svd
+
+DISTILL: Final[Mapping[str, type[DistillSettings]]] = MappingProxyType({"labels": Labels})
+DistillMethod = Labels

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
+
+Engine: TypeAlias = Literal["layerwise", "structural", "training"]
 
 
 class MethodSettings(BaseModel):
@@ -16,6 +18,8 @@ class MethodSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
 
+    engine: ClassVar[Engine] = "layerwise"
+    """layerwise: one matrix after the other; structural: a smaller ordinary model; training: with gradients."""
     summary: ClassVar[str] = ""
     citation: ClassVar[str] = ""
     example: ClassVar[str] = ""

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from modelzip.checkpoints.errors import RecipeError
-from modelzip.compressors.quantize.settings import QuantizeSettings
+from modelzip.compressors.settings import MethodSettings
 
 from .schema import Stage
 
@@ -22,7 +22,7 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def settings_for(stage: Stage, module_name: str) -> QuantizeSettings | None:
+def settings_for(stage: Stage, module_name: str) -> MethodSettings | None:
     """The stage's settings for a module, or None if it is left alone. The last rule that fits wins, field by field."""
     if any(matches(pattern, module_name) for pattern in stage.ignore):
         return None
@@ -35,9 +35,11 @@ def settings_for(stage: Stage, module_name: str) -> QuantizeSettings | None:
     if skip:
         return None
     if not overrides:
-        return stage.settings
+        settings: MethodSettings = stage.settings
+        return settings
     try:
-        return type(stage.settings).model_validate({**stage.settings.model_dump(), **overrides})
+        changed: MethodSettings = type(stage.settings).model_validate({**stage.settings.model_dump(), **overrides})
+        return changed
     except ValidationError as error:
         told = str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
         raise RecipeError(f"The rules for {module_name} don't go together: {told}.") from None

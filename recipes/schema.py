@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modelzip.compressors import QUANTIZE, QuantizeMethod
+from modelzip.compressors import (
+    DISTILL,
+    FACTORIZE,
+    PRUNE,
+    QUANTIZE,
+    DistillMethod,
+    FactorizeMethod,
+    PruneMethod,
+    QuantizeMethod,
+)
 from modelzip.compressors.settings import MethodSettings
 
 SOURCE: Final = "self, a .txt, .jsonl or .parquet file, or a hub dataset as NAME or NAME:CONFIG"
@@ -73,22 +82,59 @@ class Rule(BaseModel):
     overrides: Mapping[str, Any] = Field(default_factory=dict, description="Settings of the stage's method.")
 
 
-class QuantizeStage(BaseModel):
-    """Linears get integer weights, or other cheaper ones."""
+class Stage(BaseModel):
+    """One step of a run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
-    kind: ClassVar[str] = "quantize"
-    methods: ClassVar[Mapping[str, type[MethodSettings]]] = QUANTIZE
-    default_method: ClassVar[str] = "gptq"
+    kind: ClassVar[str]
+    methods: ClassVar[Mapping[str, type[MethodSettings]]]
+    default_method: ClassVar[str]
 
-    settings: QuantizeMethod
+    settings: Any
     ignore: tuple[str, ...] = Field(default=(), description="Modules to leave alone: globs, or re: and an expression.")
     rules: tuple[Rule, ...] = Field(default=(), description="Other settings for some modules.")
 
 
-Stage: TypeAlias = QuantizeStage  # the union of all kinds of stage
-STAGES: Final[Mapping[str, type[Stage]]] = MappingProxyType({"quantize": QuantizeStage})
+class QuantizeStage(Stage):
+    """Linears get integer weights, or other cheaper ones."""
+
+    kind = "quantize"
+    methods = QUANTIZE
+    default_method = "gptq"
+    settings: QuantizeMethod
+
+
+class PruneStage(Stage):
+    """What matters least is taken out: single weights, heads, neurons, layers or tokens."""
+
+    kind = "prune"
+    methods = PRUNE
+    default_method = "magnitude"
+    settings: PruneMethod
+
+
+class FactorizeStage(Stage):
+    """Matrices become products of smaller ones, or are shared."""
+
+    kind = "factorize"
+    methods = FACTORIZE
+    default_method = "svd"
+    settings: FactorizeMethod
+
+
+class DistillStage(Stage):
+    """The model, or a smaller one, is trained: on a teacher's outputs, on labels, or on both."""
+
+    kind = "distill"
+    methods = DISTILL
+    default_method = "labels"
+    settings: DistillMethod
+
+
+STAGES: Final[Mapping[str, type[Stage]]] = MappingProxyType(
+    {"prune": PruneStage, "factorize": FactorizeStage, "distill": DistillStage, "quantize": QuantizeStage}
+)
 
 
 class Recipe(BaseModel):

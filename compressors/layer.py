@@ -1,0 +1,56 @@
+"""A layer-wise method as the engine sees it: which statistic it needs, and a few functions of plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from modelzip.weights.value import CompressedWeight
+
+
+class UnsuitableError(ArithmeticError):
+    """A method finds that it can't serve this matrix; the text is a part of a sentence that says why."""
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One matrix to be compressed.
+
+    weight: fp32 [out, in]. prepared: what the method's `prepare` made of the statistic, None without one.
+    surveyed: what its `survey` found over all matrices, None without one. dtype: of stored values and scales.
+    kept: bool [out, in], False where an earlier stage has set an entry to zero for good; None if it did nowhere.
+    generator: for what is drawn by chance, seeded from the recipe's seed and the module's name.
+    """
+
+    weight: Tensor
+    settings: Any
+    dtype: torch.dtype
+    generator: torch.Generator
+    prepared: Any = None
+    surveyed: Any = None
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerMethod:
+    """A method that compresses one matrix at a time.
+
+    statistic: of the inputs x over the calibration tokens; "squares": the mean of x², [in]; "hessian": the mean of
+    x xᵀ, [in, in]. prepare: what linears with the same input share, made from the statistic once; may raise
+    UnsuitableError. compress: the compressed weight; may raise UnsuitableError. expect: from what a matrix is now
+    (on the meta device), settings and the dtype of stored values, what it will become, on the meta device and at its
+    largest if that depends on values, or a part of a sentence that says why the method can't take it.
+    survey: looks at all matrices (settings, weight) of a stage once before the first is compressed.
+    note: what the report says of a preparation that isn't the ordinary one, or None.
+    """
+
+    compress: Callable[[LayerTask], CompressedWeight]
+    expect: Callable[[CompressedWeight, Any, torch.dtype], CompressedWeight | str]
+    statistic: Literal["none", "squares", "hessian"] = "none"
+    prepare: Callable[[Tensor, Any], Any] | None = None
+    survey: Callable[[Iterator[tuple[Any, Tensor]]], Any] | None = None
+    note: Callable[[Any, Any], str | None] | None = None
