@@ -51,7 +51,7 @@ types: $(VENV)/.dependencies
 bench: $(VENV)/.modelzip $(VENV)/.demo-model
 	$(BIN)/python benchmarks/cpu_kernels.py
 	$(BIN)/python benchmarks/depth.py
-	$(BIN)/python benchmarks/gptq_vs_peer.py $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
+	$(BIN)/python benchmarks/vs_peer.py $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 
 clean:
 	rm -rf kernels/*.so $(VENV) .demo .typecheck build .mypy_cache .ruff_cache .pytest_cache .hypothesis

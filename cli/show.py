@@ -13,7 +13,7 @@ from modelzip.evaluation.fallbacks import gathered
 from .output import write_rich
 
 if TYPE_CHECKING:
-    from modelzip.pipeline.plan import Plan
+    from modelzip.pipeline.plans import Plan
 
 
 def megabytes(count: float | None) -> str:
@@ -23,14 +23,12 @@ def megabytes(count: float | None) -> str:
 
 def show_plan(plan: Plan) -> None:
     """A table by module, the totals, what the run needs, and what the user should know."""
-    table = Table("module", "method", title=Text(f"{plan.source} → {plan.output}"), title_justify="left")
-    for heading in ("bits", "group", "MB before", "MB after"):
+    table = Table("module", "method", "kept as", title=Text(f"{plan.source} → {plan.output}"), title_justify="left")
+    for heading in ("MB before", "MB after"):
         table.add_column(heading, justify="right")
     table.add_column("note")
-    for module in plan.modules:
-        row = (module.name, module.method, module.bits, module.group)
-        sizes = (megabytes(module.bytes_before), megabytes(module.bytes_after))
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in (*row, *sizes, module.note)))
+    for name, method, form, before, after, note in plan.rows():
+        table.add_row(*map(Text, (name, method, form, megabytes(before), megabytes(after), note)))
     needs = Table.grid(padding=(0, 2))
     ratio = f"{plan.bytes_before / plan.bytes_after:.2f} times smaller" if plan.bytes_after else ""
     needs.add_row("model", f"{megabytes(plan.bytes_before)} MB → {megabytes(plan.bytes_after)} MB, {ratio}")

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from modelzip.checkpoints.errors import RecipeError
 
 from .fallbacks import gathered
-from .schema import Module, Report
+from .schema import Module, Report, StageResult
 
 __all__ = ["Report", "report_json", "report_markdown", "report_schema", "validate", "write_report"]
 
@@ -63,6 +63,7 @@ def report_markdown(report: Report) -> str:
     parts = [
         _title(report),
         _headline(report),
+        _stages(report.stages),
         _cost(report),
         _protocol(report),
         _fallbacks(report.fallbacks),
@@ -105,6 +106,24 @@ def _headline(report: Report) -> str:
                 ("Difference of the last hidden states", "", _number(evaluation.hidden_error, ".4f"), "relative")
             )
     return _table(("", "original", "compressed", ""), rows)
+
+
+def _stages(stages: Sequence[StageResult]) -> str:
+    """A line for each stage, if there are several."""
+    if len(stages) < 2:
+        return ""
+    rows = []
+    for number, stage in enumerate(stages, 1):
+        quality = stage.evaluation
+        figures = (None, None, None)
+        if quality is not None:
+            figures = (quality.perplexity.compressed, quality.kl, quality.hidden_error)
+        cells = [_number(figure, form) for figure, form in zip(figures, (".3f", ".4f", ".4f"), strict=True)]
+        seconds = "–" if stage.seconds is None else f"{stage.seconds:,.0f} s"
+        rows.append((str(number), stage.kind, stage.method, f"{stage.bytes_after / 1e6:,.1f} MB", *cells, seconds))
+    header = ("", "stage", "method", "weights", "perplexity", "KL", "hidden difference", "time")
+    kept = [index for index in range(len(header)) if index < 4 or any(row[index] != "–" for row in rows)]
+    return _table([header[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
 
 def _cost(report: Report) -> str:
@@ -175,8 +194,8 @@ def _modules_table(modules: Sequence[Module]) -> str:
     rows = [
         (
             _code(module.name),
-            f"{module.method} {module.bits} bit",
-            str(module.group_size),
+            module.method,
+            module.form,
             "×".join(map(str, module.shape)),
             _number(module.error, ".4f"),
             _number(module.weight_error, ".4f"),
@@ -184,7 +203,7 @@ def _modules_table(modules: Sequence[Module]) -> str:
         )
         for module in modules
     ]
-    return _table(("module", "method", "group", "shape", "output error", "weight error", "note"), rows)
+    return _table(("module", "method", "kept as", "shape", "output error", "weight error", "note"), rows)
 
 
 def _badness(module: Module) -> float:

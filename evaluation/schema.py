@@ -42,12 +42,11 @@ class CalibrationData(Section):
 
 
 class Module(Section):
+    stage: int = Field(description="Number of the stage that compressed it, from 1")
     name: str = Field(description="Module name, such as model.layers.3.mlp.down_proj")
     method: str = Field(description="Method that compressed it")
-    bits: int = Field(description="Bits a code, scales and zero points not counted")
-    group_size: int | Literal["channel", "tensor"] = Field(
-        description="Columns that share a scale; channel is one scale a row, tensor is one scale in all"
-    )
+    form: str = Field(description="What it is kept as, such as: 4 bit, group 64; 2:4; rank 144")
+    bits_per_weight: float = Field(description="Bits a weight, scales, zero points and positions counted")
     shape: tuple[int, int] = Field(description="Rows and columns: (out, in)")
     error: float | None = Field(
         description="Relative error of the module's output on the calibration tokens: "
@@ -116,8 +115,16 @@ class Time(Section):
     total_s: float = Field(description="Wall time from start to end, in seconds")
     phases: dict[str, float] = Field(
         default_factory=dict,
-        description="Wall time of each phase, in seconds: forward_s, hessian_s, solve_s, write_s and others",
+        description="Wall time of each phase, in seconds: forward_s, statistics_s, solve_s, write_s and others",
     )
+
+
+class StageResult(Section):
+    kind: str = Field(description="Kind of stage: quantize, prune, factorize or distill")
+    method: str = Field(description="Its method with the setting that matters most, such as gptq-4bit")
+    bytes_after: int = Field(description="Bytes of all weights after it")
+    seconds: float | None = Field(description="Wall time, in seconds; null if an interrupted run had finished it")
+    evaluation: EvaluationResult | None = Field(description="Quality after it; null if it was not measured")
 
 
 class Environment(Section):
@@ -143,6 +150,7 @@ class Report(Section):
     output: str | None = Field(description="Folder that was written; null if none was")
     plan: PlanSummary | None = Field(None, description="What was predicted before a weight was read")
     calibration: CalibrationData | None = Field(None, description="Calibration tokens; null if none were needed")
+    stages: tuple[StageResult, ...] = Field((), description="What each stage left, in their order")
     modules: tuple[Module, ...] = Field((), description="The compressed linears")
     fallbacks: tuple[str, ...] = Field((), description="Everything that did not go as asked, one sentence each")
     evaluation: EvaluationResult | None = Field(None, description="Quality; null if it was switched off")

@@ -19,7 +19,7 @@ from .calibrate import is_causal
 from .context import Run
 from .identity import header_hash
 from .room import check_machine
-from .stage import stage_fingerprint
+from .engines import stage_fingerprint
 
 REPORT: Final = "report.json"
 
@@ -53,11 +53,11 @@ def report_of(run: Run) -> dict[str, Any] | None:
 
 def check_room(run: Run, *, overwrite: bool, resume: bool) -> None:
     """Raise MachineError or OutputError if there is no room for the output, and say what the plans have to say."""
-    targets = [*run.between, run.output]
+    targets = run.targets
     parts = [file for target in targets for file in partial_of(target).rglob("*") if resume and file.is_file()]
     written = sum(file.stat().st_size for file in parts)
-    for plan in run.plans:
-        check_machine(plan.output, disk_bytes=plan.disk_bytes - written, memory_bytes=plan.memory_bytes)
+    for plan, target in zip(run.plans, targets, strict=True):
+        check_machine(target, disk_bytes=plan.disk_bytes - written, memory_bytes=plan.memory_bytes)
     if run.output.parent.exists():  # a new output's first work may be minutes of writing text: refuse it before
         last = stage_fingerprint(run.context, run.plans[-1])
         CheckpointWriter.open(

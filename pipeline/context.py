@@ -12,7 +12,7 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.schema import Recipe
 
 from .clock import Clock
-from .plan import Plan
+from .plans import Plan
 from .progress import Progress
 
 
@@ -38,7 +38,17 @@ class Run:
     started: float
 
     @property
-    def between(self) -> list[Path]:
-        """The hidden folders beside the output to which all stages but the last write."""
+    def targets(self) -> list[Path]:
+        """Where each stage writes to: the folder that it is to be kept in, a hidden one beside the output, the output."""
         whole = Path(os.path.abspath(self.output))
-        return [whole.with_name(f".{whole.name}.stage{number}") for number in range(1, len(self.plans))]
+        stages = self.context.recipe.stages
+        return [
+            Path(stage.keep).expanduser() if stage.keep else whole.with_name(f".{whole.name}.stage{number}")
+            for number, stage in enumerate(stages[:-1], 1)
+        ] + [self.output]
+
+    @property
+    def passing(self) -> list[Path]:
+        """The hidden ones among them, which are gone at the end."""
+        stages = self.context.recipe.stages[:-1]
+        return [target for stage, target in zip(stages, self.targets, strict=False) if not stage.keep]

@@ -1,16 +1,27 @@
-"""The second moment of a linear's inputs: H = mean of x xᵀ over the tokens."""
+"""The second moments of a linear's inputs over the tokens: H = the mean of x xᵀ, or its diagonal alone."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from modelzip.kernels.second_moment import add_second_moment
 
+SLAB = 1024
+"""Tokens whose squares are in memory at once."""
+
 
 def accumulate(total: Tensor, inputs: Tensor) -> int:
-    """Add the products of inputs [..., in] to total [in, in] (fp32), under its diagonal; returns the token count."""
+    """Add the products of inputs [..., in] to total [in, in] (fp32), under its diagonal, or the squares to total [in].
+
+    Returns the token count.
+    """
     rows = inputs.reshape(-1, inputs.shape[-1])
-    add_second_moment(total, rows)
+    if total.ndim == 1:
+        for part in torch.split(rows, SLAB):
+            total.add_(part.float().square().sum(0))
+    else:
+        add_second_moment(total, rows)
     return rows.shape[0]
 
 
@@ -18,6 +29,8 @@ def finish(total: Tensor, tokens: int) -> Tensor:
     """The mean over tokens, with the upper half filled from the lower; `total` is used up."""
     if tokens == 0:
         return total
+    if total.ndim == 1:
+        return total.div_(tokens)
     total.tril_().div_(tokens)
     return total.add_(total.tril(-1).T)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,8 +47,11 @@ def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def provenance_of(recipe: Recipe, checkpoint: Checkpoint, fingerprint: str, modules: Mapping[str, Any]) -> bytes:
-    """modelzip.json: how the output was made. It holds no times and no paths of the output, so it is reproducible."""
+def provenance_of(recipe: Recipe, checkpoint: Checkpoint, fingerprint: str, stages: Sequence[Mapping[str, Any]]) -> bytes:
+    """modelzip.json: how the output was made. It holds no times and no paths of the output, so it is reproducible.
+
+    stages: what each stage so far recorded.
+    """
     data = {key: value for key, value in recipe_data(recipe).items() if key != "output"}
     return _json(
         {
@@ -58,7 +61,7 @@ def provenance_of(recipe: Recipe, checkpoint: Checkpoint, fingerprint: str, modu
             "seed": recipe.seed,
             "source": {"name": checkpoint.source, "headers_sha256": header_hash(checkpoint)},
             "versions": {name: package_version(name) for name in PACKAGES},
-            "modules": dict(modules),
+            "stages": [dict(one) for one in stages],
         }
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,22 @@ from torch import Tensor
 
 from modelzip.checkpoints.blocks import Block, Linear
 from modelzip.checkpoints.errors import CheckpointError, ModelzipError
-from modelzip.checkpoints.index import DTYPES
+from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.streamed import StreamedModel, start
 from modelzip.checkpoints.walk import Walk
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.compressors.quantize.gptq import SingularHessianError
-from modelzip.compressors.quantize.methods import METHODS, LayerMethod
-from modelzip.compressors.quantize.settings import QuantizeSettings, Rtn
-from modelzip.weights.affine import Affine
+from modelzip.compressors.layer import LayerMethod
+from modelzip.compressors.settings import MethodSettings
+from modelzip.weights.kinds import from_tensors
+from modelzip.weights.layouts import decoder
+from modelzip.weights.value import CompressedWeight
 
+from . import solve
 from .clock import Clock
 from .hessian import accumulate, finish, relative_error
+from .layer_plan import ModulePlan, method_of, value_dtype
 from .progress import Progress
+from .solve import Statistic
 
 MOST_FALLBACKS = 0.1
 """Share of modules that may fall back to rounding; more is an error, since that isn't the method asked for."""
@@ -38,21 +42,14 @@ MOST_FALLBACKS = 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """What the engine is to do. targets: the settings of each linear to be compressed, by module name."""
+    """What the engine is to do. targets: the plan of each linear to be compressed, by module name."""
 
-    targets: Mapping[str, QuantizeSettings]
+    kind: str
+    targets: Mapping[str, ModulePlan]
     propagate: str
+    seed: int
     spill_limit: int
     spill_folder: Path | None
-
-
-@dataclass
-class _Shared:
-    """The Hessian of one input tensor and what methods prepared from it, for the linears it is handed to."""
-
-    hessian: Tensor
-    tokens: int
-    prepared: dict[QuantizeSettings, Any] = field(default_factory=dict)
 
 
 def compress_blocks(
@@ -71,6 +68,7 @@ def compress_blocks(
     Raises CheckpointError for weights that aren't finite, ModelzipError if too many modules had to fall back.
     """
     blocks = streamed.structure.blocks
+    surveyed = survey(job, streamed.checkpoint)
     walk = streamed.walk(batches, spill_limit=job.spill_limit, spill_folder=job.spill_folder)
     try:
         begin = time.perf_counter()
@@ -78,9 +76,9 @@ def compress_blocks(
         clock.add("forward", begin)
         last = max((i for i, block in enumerate(blocks) if _wanted(block, job)), default=-1)
         for number, block in enumerate(blocks[: last + 1]):
-            progress.step("quantize", number, len(blocks), block.name)
-            _one_block(job, streamed, block, walk=walk, writer=writer, clock=clock, is_last=number == last)
-        progress.step("quantize", len(blocks), len(blocks))
+            progress.step(job.kind, number, len(blocks), block.name)
+            _one_block(job, streamed, block, surveyed=surveyed, walk=walk, writer=writer, clock=clock, is_last=number == last)
+        progress.step(job.kind, len(blocks), len(blocks))
     finally:
         walk.close()
     _check_fallbacks(job, writer)
@@ -95,6 +93,7 @@ def _one_block(
     streamed: StreamedModel,
     block: Block,
     *,
+    surveyed: Any,
     walk: Walk,
     writer: CheckpointWriter,
     clock: Clock,
@@ -108,15 +107,15 @@ def _one_block(
     clock.add("read", begin)
     if block.name in writer.done:
         if job.propagate == "compressed":
-            _restore(streamed, wanted, writer.read_part(block.name), writer.done[block.name])
+            _restore(streamed, [job.targets[one.name] for one in wanted], writer.read_part(block.name), writer.done[block.name])
     elif wanted:
-        work = _BlockWork(job, streamed, walk, clock)
+        work = _BlockWork(job, streamed, surveyed, walk=walk, clock=clock)
         work.run(block, wanted)
         begin = time.perf_counter()
-        names = {linear.name: linear.tensor.removesuffix("weight") for linear in wanted}
-        tensors = {names[m] + suffix: t for m, w in work.done.items() for suffix, t in w.tensors().items()}
-        record = {"modules": {linear.name: work.records[linear.name] for linear in wanted}}
-        writer.write_part(block.name, tensors, replaces=[linear.tensor for linear in wanted], record=record)
+        plans = [job.targets[linear.name] for linear in wanted]
+        record = {"modules": {plan.name: work.records[plan.name] for plan in plans}}
+        replaces = [name for plan in plans for name in plan.replaces]
+        writer.write_part(block.name, _tensors(plans, work, streamed.checkpoint), replaces=replaces, record=record)
         clock.add("write", begin)
     if not is_last:
         begin = time.perf_counter()
@@ -134,23 +133,63 @@ def _run_on(walk: Walk, block: Block) -> None:
             walk.advance(batch)
 
 
+def _tensors(plans: Sequence[ModulePlan], work: _BlockWork, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What the block's part holds: the compressed weights, and as they were those that the method had to leave."""
+    tensors: dict[str, Tensor] = {}
+    for plan in plans:
+        weight = work.done[plan.name]
+        if weight is None:
+            tensors |= checkpoint.read(plan.replaces)
+        else:
+            tensors |= {plan.stem + suffix: tensor for suffix, tensor in weight.tensors().items()}
+    return tensors
+
+
 def _restore(
-    streamed: StreamedModel, wanted: list[Linear], part: Mapping[str, Tensor], record: Mapping[str, Any]
+    streamed: StreamedModel, plans: Sequence[ModulePlan], part: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> None:
     """Put the weights that an earlier run wrote into the loaded block."""
-    for linear in wanted:
-        stem = linear.tensor.removesuffix("weight")
-        tensors = {name.removeprefix(stem): tensor for name, tensor in part.items() if name.startswith(stem)}
-        weight = Affine.from_tensors(tensors, record["modules"][linear.name])
-        streamed.replace(linear.name, weight.dense(streamed.product_dtype).to(streamed.device))
+    for plan in plans:
+        meta = record["modules"][plan.name]["weight"]
+        if meta is not None:
+            tensors = {n.removeprefix(plan.stem): t for n, t in part.items() if n.startswith(plan.stem)}
+            weight = from_tensors(tensors, meta)
+            streamed.replace(plan.name, weight.dense(streamed.product_dtype).to(streamed.device))
+
+
+def survey(job: Job, checkpoint: Checkpoint) -> Any:
+    """What the stage's method finds by looking at all matrices before the first is compressed; None if it doesn't."""
+    methods = {method_of(plan.settings).survey for plan in job.targets.values()} - {None}
+    if not methods:
+        return None
+    (look,) = methods
+    assert look is not None
+    return look((plan.settings, _dense(plan, checkpoint)) for plan in job.targets.values())
+
+
+def _stored(plan: ModulePlan, checkpoint: Checkpoint) -> CompressedWeight | None:
+    """The weight as the checkpoint holds it, None if that is dense."""
+    if plan.before.kind == "dense":
+        return None
+    assert checkpoint.quantization is not None
+    tensors = {name.removeprefix(plan.stem): tensor for name, tensor in checkpoint.read(plan.replaces).items()}
+    return decoder(checkpoint.quantization)(plan.name, tensors)
+
+
+def _dense(plan: ModulePlan, checkpoint: Checkpoint) -> Tensor:
+    stored = _stored(plan, checkpoint)
+    if stored is not None:
+        return stored.dense(torch.float32)
+    weight = checkpoint.read([plan.linear.tensor], dtype=torch.float32)[plan.linear.tensor]
+    return weight.T if plan.linear.transposed else weight
 
 
 class _BlockWork:
     """One block's linears, compressed in the order in which the batches reach them."""
 
-    def __init__(self, job: Job, streamed: StreamedModel, walk: Walk, clock: Clock) -> None:
-        self._job, self._streamed, self._walk, self._clock = job, streamed, walk, clock
-        self.done: dict[str, Affine] = {}
+    def __init__(self, job: Job, streamed: StreamedModel, surveyed: Any, *, walk: Walk, clock: Clock) -> None:
+        self._job, self._streamed, self._surveyed, self._walk, self._clock = job, streamed, surveyed, walk, clock
+        self.done: dict[str, CompressedWeight | None] = {}
         self.records: dict[str, dict[str, Any]] = {}
 
     def run(self, block: Block, wanted: list[Linear]) -> None:
@@ -178,7 +217,7 @@ class _BlockWork:
             if linear.name not in self.done:
                 self._compress(linear, None)
 
-    def _siblings(self, by_name: Mapping[str, Linear], scout: int, shared: _Shared) -> None:
+    def _siblings(self, by_name: Mapping[str, Linear], scout: int, shared: Statistic) -> None:
         """Compress the linears that are handed the very tensor that `shared` was gathered from.
 
         One batch runs ahead to find them; the others then needn't wait there with what the first linear put out.
@@ -194,57 +233,43 @@ class _BlockWork:
                 return
             self._compress(linear, shared)
 
-    def _statistics(self, linear: Linear, batches: list[int]) -> _Shared | None:
-        if not self._method(linear).hessian:
+    def _statistics(self, linear: Linear, batches: list[int]) -> Statistic | None:
+        kind = self._method(linear).statistic
+        if kind == "none":
             return None
         begin = time.perf_counter()
         self._walk.settle()
         width = linear.shape[1]
-        total = torch.zeros(width, width, dtype=torch.float32, device=self._streamed.device)
+        shape = (width, width) if kind == "hessian" else (width,)
+        total = torch.zeros(shape, dtype=torch.float32, device=self._streamed.device)
         tokens = 0
         for batch in batches:
             with self._walk.input(batch) as tensor:
                 tokens += accumulate(total, tensor)
-        self._clock.add("hessian", begin)
-        return _Shared(finish(total, tokens), tokens)
+        self._clock.add("statistics", begin)
+        return Statistic(finish(total, tokens), tokens)
 
-    def _compress(self, linear: Linear, shared: _Shared | None) -> None:
+    def _compress(self, linear: Linear, shared: Statistic | None) -> None:
         begin = time.perf_counter()
-        stored = self._streamed.weight(linear.name)
-        weight = stored.float().contiguous()
+        plan = self._job.targets[linear.name]
+        weight = self._streamed.weight(linear.name).float().contiguous()
         _require_finite(weight, linear)
-        settings = self._job.targets[linear.name]
-        method, fallback = self._method(linear), None
-        prepared = None
-        if method.hessian:
-            if shared is None or shared.tokens == 0:
-                fallback = "no calibration token reached it"
-            else:
-                try:
-                    if settings not in shared.prepared:
-                        shared.prepared[settings] = method.prepare(shared.hessian, settings)
-                        self._walk.settle()
-                    prepared = shared.prepared[settings]
-                except SingularHessianError as error:
-                    fallback = str(error)
-        stored_dtype = self._streamed.checkpoint.tensors[linear.tensor].dtype
-        scale_dtype = torch.float32 if stored_dtype == "F64" else DTYPES[stored_dtype]
-        if fallback is None:
-            compressed = method.compress(weight, prepared, settings, scale_dtype)
-        else:
-            plain = Rtn(**settings.model_dump(include=set(Rtn.model_fields) - {"method"}))
-            compressed = METHODS[Rtn].compress(weight, None, plain, scale_dtype)
-        dense = compressed.dense(torch.float32)
-        self.done[linear.name] = compressed
+        job = solve.Job(value_dtype(plan.before), self._surveyed, self._job.seed)
+        now = _stored(plan, self._streamed.checkpoint)
+        solved = solve.solve(linear.name, weight, now, settings=plan.settings, statistic=shared, job=job)
+        self._walk.settle()
+        made = solved.weight
+        dense = weight if made is None else made.dense(torch.float32)
+        hessian = None if shared is None else shared.hessian
+        self.done[linear.name] = made
         self.records[linear.name] = {
-            **compressed.meta(),
-            "method": settings.method if fallback is None else "rtn",
-            "group_size": compressed.group_size,
+            "weight": None if made is None else made.meta(),
+            "method": solved.method,
             "tokens": 0 if shared is None else shared.tokens,
             "weight_error": float((weight - dense).norm() / weight.norm().clamp(min=1e-30)),
-            "error": None if shared is None or shared.tokens == 0 else relative_error(weight, dense, shared.hessian),
-            "fallback": fallback,
-            "note": method.note(prepared, settings) if prepared is not None else None,
+            "error": None if hessian is None else relative_error(weight, dense, hessian),
+            "fallback": solved.fallback,
+            "note": solved.note,
         }
         if self._job.propagate == "compressed":
             self._streamed.replace(linear.name, dense)
@@ -253,7 +278,7 @@ class _BlockWork:
         self._clock.add("solve", begin)
 
     def _method(self, linear: Linear) -> LayerMethod:
-        return METHODS[type(self._job.targets[linear.name])]
+        return method_of(self._job.targets[linear.name].settings)
 
 
 def _require_finite(weight: Tensor, linear: Linear) -> None:
@@ -275,6 +300,12 @@ def _check_fallbacks(job: Job, writer: CheckpointWriter) -> None:
     if len(fallen) > MOST_FALLBACKS * len(job.targets):
         name, reason = fallen[0]
         raise ModelzipError(
-            f"{len(fallen)} of {len(job.targets)} modules would have been rounded to nearest instead, the first "
-            f"{name}: {reason}; give more calibration data (--samples), or choose --method rtn."
+            f"{len(fallen)} of {len(job.targets)} modules couldn't be compressed as asked, the first {name}: {reason}; "
+            f"{_mend(job.targets[name].settings)}."
         )
+
+
+def _mend(settings: MethodSettings) -> str:
+    if method_of(settings).statistic == "none":
+        return "choose other settings, or leave these modules out with --ignore"
+    return "give more calibration data (--samples), or choose a --method that needs none"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,13 @@ from .calibrate import calibration_windows, evaluation_windows
 from .checks import check_comparable, check_kernels, check_predicts, check_room, report_of
 from .clock import Clock
 from .context import Context, Run
+from .chain import StageDone, finished_chain, memory_file, run_chain
 from .environment import environment, package_version, peak_memory_mb
-from .identity import fingerprint_of, header_hash, provenance_of, read_provenance
+from .identity import fingerprint_of, header_hash, read_provenance
 from .measure import evaluation_section, open_streamed, pick_device, reopen
-from .plan import Plan, make_plans
+from .plans import Plan, make_plans
 from .progress import Progress
-from .sections import calibration_section, module_rows, plan_summary, size_section
-from .stage import run_stage
+from .sections import calibration_section, module_rows, plan_summary, size_section, stage_rows
 from .text import Windows, check_source
 
 
@@ -72,21 +71,25 @@ def run_recipe(
     run = Run(context, checkpoint, plans, output, started)
     model = open_streamed(checkpoint, recipe.dtype, device).model
     check_predicts(gates, model, checkpoint)
-    is_finished = resume and read_provenance(output, context.fingerprint) is not None
-    if is_finished:
+    earlier = read_provenance(output, context.fingerprint) if resume else None
+    if earlier is not None:
         clean_up(output)
-    if is_finished and (report := report_of(run)) is not None:
-        progress.say(f"{output} is finished already; this is its report.")
-        return Result(output, report)
-    if not is_finished:
+        if (report := report_of(run)) is not None:
+            progress.say(f"{output} is finished already; this is its report.")
+            return Result(output, report)
+    else:
         check_room(run, overwrite=overwrite, resume=resume)
     with torch.no_grad():
         calibration, kept = _windows(run, model)
-        if not is_finished:
-            _stages(run, calibration, overwrite=overwrite, resume=resume)
-        for folder in run.between:
-            shutil.rmtree(folder, ignore_errors=True)
-        return _measured(run, calibration, kept)
+        if earlier is None:
+            done = run_chain(run, calibration, kept, overwrite=overwrite, resume=resume)
+        else:
+            done = finished_chain(run, earlier)
+        result = _measured(run, done, calibration, kept)
+    for folder in run.passing:
+        shutil.rmtree(folder, ignore_errors=True)
+    memory_file(run).unlink(missing_ok=True)
+    return result
 
 
 def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:
@@ -114,38 +117,7 @@ def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:
     return calibration, kept
 
 
-def _stages(run: Run, calibration: Windows | None, *, overwrite: bool, resume: bool) -> None:
-    """Run the stages; all but the last write to hidden folders beside the output."""
-    source = run.checkpoint
-    records: dict[str, Any] = {}
-    for plan, target in zip(run.plans, [*run.between, run.output], strict=True):
-        is_last = target == run.output
-        earlier = read_provenance(target, run.context.fingerprint) if resume and not is_last else None
-        if earlier is None:
-            records |= run_stage(
-                plan,
-                source,
-                target=target,
-                windows=calibration if plan.needs_data else None,
-                describe=_describer(run, dict(records)),
-                overwrite=overwrite or not is_last,
-                resume=resume,
-                context=run.context,
-            )
-        else:
-            records |= earlier["modules"]
-        if not is_last:
-            source = Checkpoint.open(str(target))
-
-
-def _describer(run: Run, earlier: dict[str, Any]) -> Callable[[dict[str, Any]], bytes]:
-    """A function from a stage's module records to the bytes of modelzip.json, with those of earlier stages."""
-    return lambda found: provenance_of(
-        run.context.recipe, run.checkpoint, run.context.fingerprint, {**earlier, **found}
-    )
-
-
-def _measured(run: Run, calibration: Windows | None, kept: Windows | None) -> Result:
+def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept: Windows | None) -> Result:
     """Reopen the output, measure it, and put the report beside it."""
     result = Checkpoint.open(str(run.output))
     begin = time.perf_counter()
@@ -163,9 +135,11 @@ def _measured(run: Run, calibration: Windows | None, kept: Windows | None) -> Re
             progress=run.context.progress,
         )
         run.context.clock.add("evaluate", begin)
-    provenance = read_provenance(run.output, run.context.fingerprint)
-    assert provenance is not None
-    modules, fallbacks = module_rows(run.plans, provenance["modules"])
+    modules, fallbacks = [], list(unverified)
+    for number, (plan, stage) in enumerate(zip(run.plans, done, strict=True), 1):
+        rows, sentences = module_rows(number, plan, stage.records)
+        modules += rows
+        fallbacks += sentences
     report = validate(
         {
             "modelzip": package_version("modelzip"),
@@ -180,7 +154,8 @@ def _measured(run: Run, calibration: Windows | None, kept: Windows | None) -> Re
             "plan": plan_summary(run.plans),
             "calibration": calibration_section(calibration, run.context.recipe.seed),
             "modules": modules,
-            "fallbacks": [*fallbacks, *unverified],
+            "stages": stage_rows(done, evaluation),
+            "fallbacks": fallbacks,
             "evaluation": evaluation,
             "size": size_section(run.checkpoint, result),
             "verification": verification,

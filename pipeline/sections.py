@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.weights.kinds import empty
+from modelzip.weights.layouts import MODELZIP
 
-from .plan import Plan
+from .chain import StageDone
+from .forms import described, taken_group
+from .layer_plan import LayerPlan
+from .plans import Plan
 from .text import Windows
-
-PACKED = ".weight_packed"
 
 
 def plan_summary(plans: Sequence[Plan]) -> dict[str, Any]:
     """What was predicted, over all stages."""
     return {
-        "modules": sum(len(plan.modules) for plan in plans),
+        "modules": sum(len(plan.modules) for plan in plans if isinstance(plan, LayerPlan)),
         "bytes_before": plans[0].bytes_before,
         "bytes_after": plans[-1].bytes_after,
         "memory_bytes": max(plan.memory_bytes for plan in plans),
@@ -41,22 +44,32 @@ def calibration_section(windows: Windows | None, seed: int) -> dict[str, Any] | 
     }
 
 
-def module_rows(plans: Iterable[Plan], records: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each compressed module, and a sentence for everything that didn't go as asked."""
-    rows, fallbacks = [], []
-    for module in (module for plan in plans for module in plan.modules):
+def module_rows(stage: int, plan: Plan, records: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each matrix that a layer-wise stage compressed, and a sentence for all that didn't go as asked.
+
+    stage: its number, from 1.
+    """
+    rows: list[dict[str, Any]] = []
+    fallbacks: list[str] = []
+    if not isinstance(plan, LayerPlan):
+        return rows, fallbacks
+    for module in plan.modules:
         record = records[module.name]
-        notes = [note for note in (module.note and f"{module.note}: {module.group}", record["note"]) if note]
+        taken = f"{module.note}: {taken_group(module.settings)}" if module.note else ""
+        notes = [note for note in (taken, record["note"]) if note]
+        weight = module.before if record["weight"] is None else empty(record["weight"])
         if record["fallback"]:
-            notes.append(f"rounded to nearest: {record['fallback']}")
+            instead = "left as it was" if record["weight"] is None else f"{record['method']} instead"
+            notes.append(f"{instead}: {record['fallback']}")
         fallbacks += [f"{module.name}: {note}" for note in notes]
         rows.append(
             {
+                "stage": stage,
                 "name": module.name,
                 "method": record["method"],
-                "bits": module.bits,
-                "group_size": module.group,
-                "shape": module.shape,
+                "form": described(weight),
+                "bits_per_weight": 8 * weight.nbytes / math.prod(weight.shape),
+                "shape": weight.shape,
                 "error": record["error"],
                 "weight_error": record["weight_error"],
                 "note": "; ".join(notes),
@@ -65,19 +78,28 @@ def module_rows(plans: Iterable[Plan], records: Mapping[str, Any]) -> tuple[list
     return rows, fallbacks
 
 
+def stage_rows(done: Sequence[StageDone], evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The report's `stages`: what each left, and what that costs. evaluation: of the last one."""
+    last = len(done) - 1
+    return [
+        {
+            "kind": stage.kind,
+            "method": stage.method,
+            "bytes_after": stage.bytes_after,
+            "seconds": stage.seconds,
+            "evaluation": evaluation if number == last else stage.evaluation,
+        }
+        for number, stage in enumerate(done)
+    ]
+
+
 def size_section(original: Checkpoint | None, result: Checkpoint) -> dict[str, Any]:
-    """Bytes and bits. Parameters are counted as a dense model has them, tied ones once."""
-    packed_bytes = packed_parameters = 0
-    parameters = 0
-    for name, info in result.tensors.items():
-        stem, _, leaf = name.rpartition(".")
-        if leaf.startswith("weight_") and f"{stem}{PACKED}" in result.tensors:
-            packed_bytes += info.nbytes
-        else:
-            parameters += math.prod(info.shape)
-    shapes = result.read(name for name in result.tensors if name.endswith(".weight_shape"))
-    packed_parameters = sum(int(shape.prod()) for shape in shapes.values())
-    parameters += packed_parameters
+    """Bytes and bits. Parameters are counted as a dense model has them, shared ones once."""
+    packed = _packed(result)
+    packed_bytes = sum(nbytes for nbytes, _ in packed)
+    packed_parameters = sum(parameters for _, parameters in packed)
+    plain = [math.prod(info.shape) for name, info in result.tensors.items() if not _is_part(name, result)]
+    parameters = sum(plain) + packed_parameters
     before = None if original is None else original.nbytes
     return {
         "bytes_before": before,
@@ -88,3 +110,24 @@ def size_section(original: Checkpoint | None, result: Checkpoint) -> dict[str, A
         "bits_per_weight": 8 * packed_bytes / packed_parameters if packed_parameters else None,
         "bits_per_parameter": 8 * result.nbytes / parameters,
     }
+
+
+def _is_part(name: str, result: Checkpoint) -> bool:
+    return result.quantization is not None and name.rpartition(".")[2].startswith("weight_")
+
+
+def _packed(result: Checkpoint) -> list[tuple[int, int]]:
+    """Bytes, and parameters as a dense model has them, of each compressed matrix."""
+    config = result.quantization
+    if config is None:
+        return []
+    if config.get("quant_method") == MODELZIP:
+        weights = [empty(meta) for meta in config["modules"].values() if meta["kind"] != "dense"]
+        return [(weight.nbytes, math.prod(weight.shape)) for weight in weights]
+    sizes: dict[str, int] = {}
+    for name, info in result.tensors.items():
+        if _is_part(name, result):
+            stem = name.rpartition(".")[0]
+            sizes[stem] = sizes.get(stem, 0) + info.nbytes
+    shapes = result.read(f"{stem}.weight_shape" for stem in sizes)
+    return [(size, int(shapes[f"{stem}.weight_shape"].prod())) for stem, size in sizes.items()]

@@ -65,6 +65,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _stage_data(stage: Stage) -> dict[str, Any]:
     data = stage.settings.model_dump(mode="json")
+    if stage.keep:
+        data["keep"] = stage.keep
     if stage.ignore:
         data["ignore"] = list(stage.ignore)
     if stage.rules:
@@ -118,7 +120,11 @@ def _stage(data: object, path: str, found: Found) -> Stage | None:
     ignore = _patterns(own.get("ignore"), inside(path, "ignore"), found)
     if base is None or len(found.problems) > before:
         return None
-    return cls.model_validate({"settings": base, "ignore": ignore, "rules": rules})
+    keep = own.get("keep")
+    if keep is not None and (not isinstance(keep, str) or not keep):
+        found.add(inside(path, "keep"), f"{shown(keep)} is not allowed; it must be a folder's path")
+        return None
+    return cls.model_validate({"settings": base, "ignore": ignore, "rules": rules, "keep": keep})
 
 
 def _method(cls: type[Stage], flat: Mapping[str, Any], path: str, found: Found) -> type[MethodSettings] | None:

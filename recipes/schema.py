@@ -64,6 +64,7 @@ class Evaluation(BaseModel):
     split: str = Field(default="test", min_length=1, description="Split of a hub dataset.")
     windows: int = Field(default=40, ge=1, description="Windows of evaluation text.")
     seq_len: int = Field(default=512, ge=2, description="Tokens of one window.")
+    each_stage: bool = Field(default=True, description="Also measure what the stages before the last one leave.")
     fail_if: tuple[str, ...] = Field(
         default=(), description='Conditions under which the run fails with exit code 3, such as "kl > 0.3".'
     )
@@ -94,6 +95,11 @@ class Stage(BaseModel):
     settings: Any
     ignore: tuple[str, ...] = Field(default=(), description="Modules to leave alone: globs, or re: and an expression.")
     rules: tuple[Rule, ...] = Field(default=(), description="Other settings for some modules.")
+    keep: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder in which this stage's result stays; without one only the last stage's does.",
+    )
 
 
 class QuantizeStage(Stage):

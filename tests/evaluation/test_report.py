@@ -50,10 +50,11 @@ def sample(modules: int = 7, fallbacks: int = 1) -> dict[str, Any]:
         },
         "modules": [
             {
+                "stage": 1,
                 "name": f"model.layers.{index}.mlp.down_proj",
                 "method": "gptq",
-                "bits": 4,
-                "group_size": 64,
+                "form": "4 bit, group 64",
+                "bits_per_weight": 4.25,
                 "shape": [576, 1536],
                 "error": index / 100,
                 "weight_error": 0.1,

@@ -29,6 +29,7 @@ from modelzip.pipeline import selftext, verify
 from modelzip.pipeline.run import Result, run_recipe
 from modelzip.recipes.load import parse_recipe
 from modelzip.weights.affine import Affine
+from modelzip.weights.kinds import from_tensors
 
 ALPHABET = string.ascii_lowercase + string.digits + string.punctuation + " \n"
 FIRST = 4
@@ -130,11 +131,11 @@ def weights_of(tensors_of) -> Callable[[Path], dict[str, Affine]]:
 
     def read(folder: Path) -> dict[str, Affine]:
         tensors = tensors_of(folder)
-        records = json.loads((folder / "modelzip.json").read_text())["modules"]
+        stages = json.loads((folder / "modelzip.json").read_text())["stages"]
         found = {}
-        for name, record in records.items():
+        for name, record in (item for stage in stages for item in stage["records"].items()):
             parts = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(name)}
-            found[name] = Affine.from_tensors(parts, record)
+            found[name] = from_tensors(parts, record["weight"])
         return found
 
     return read

@@ -18,15 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from modelzip.checkpoints.blocks import Linear
 from modelzip.checkpoints.errors import CheckpointError, ModelzipError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.checkpoints.writer import CheckpointWriter
+from modelzip.compressors.methods import METHODS as METHOD_OF
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
 from modelzip.pipeline.calibrate import batches, forward_inputs
 from modelzip.pipeline.clock import Clock
+from modelzip.pipeline.forms import expected
+from modelzip.pipeline.layer_plan import ModulePlan
 from modelzip.pipeline.layerwise import Job, compress_blocks
 from modelzip.weights.affine import Affine
+from modelzip.weights.dense import Dense
+from modelzip.weights.kinds import from_tensors
 
 METHODS = ("rtn", "gptq")
 MOE = ("mixtral", "qwen2-moe", "qwen3-moe", "switch")
@@ -55,7 +61,7 @@ def outcome(saved, compress, tmp_path_factory: pytest.TempPathFactory) -> Callab
         if (family, method) not in made:
             folder = tmp_path_factory.mktemp(f"{family}-{method}") / "out"
             result = compress(saved(family), folder, {"method": method, "bits": 4})
-            records = json.loads((folder / "modelzip.json").read_text())["modules"]
+            records = json.loads((folder / "modelzip.json").read_text())["stages"][0]["records"]
             made[family, method] = Outcome(saved(family), folder, result.report, records)
         return made[family, method]
 
@@ -171,16 +177,26 @@ def engine(
 
     checkpoint = Checkpoint.open(str(folder))
     streamed = StreamedModel(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
-    job = Job(targets=targets, propagate=propagate, spill_limit=1 << 40, spill_folder=None)
+    linears = {linear.name: linear for block in streamed.structure.blocks for linear in block.linears}
+    plans = {name: planned(linears[name], settings) for name, settings in targets.items()}
+    job = Job("quantize", plans, propagate=propagate, seed=0, spill_limit=1 << 40, spill_folder=None)
     data = batches(windows, batch_size, forward_inputs(streamed.model))
     with torch.no_grad(), CheckpointWriter.open(target, source=checkpoint, fingerprint="test") as writer:
         compress_blocks(job, streamed, data, writer=writer, clock=Clock(), progress=Silent())
         tensors = {name: tensor for block in writer.done for name, tensor in writer.read_part(block).items()}
         records = {name: record for part in writer.done.values() for name, record in part["modules"].items()}
     return {
-        name: (Affine.from_tensors({key.removeprefix(f"{name}."): t for key, t in tensors.items()}, record), record)
+        name: (from_tensors({key.removeprefix(f"{name}."): t for key, t in tensors.items()}, record["weight"]), record)
         for name, record in records.items()
     }
+
+
+def planned(linear: Linear, settings: QuantizeSettings) -> ModulePlan:
+    """The plan of one dense linear in fp32."""
+    before = Dense(torch.empty(linear.shape, device="meta"))
+    after = expected(METHOD_OF[type(settings)], before, settings, torch.float32)
+    assert not isinstance(after, str)
+    return ModulePlan(linear.name, settings, before, after, note="", linear=linear, replaces=(linear.tensor,))
 
 
 def first(found: Mapping[str, tuple[Affine, Any]]) -> dict[str, Affine]:

@@ -43,7 +43,7 @@ def test_a_plan_reads_no_weights(saved, recipe_of, family, tmp_path, monkeypatch
     stages = {"method": "gptq", "bits": 4}
     (found,) = plan_recipe(recipe_of(folder, stages), output=HERE)
     (wanted,) = plan_recipe(recipe_of(saved(family), stages), output=HERE)
-    assert found.modules == wanted.modules
+    assert found.rows() == wanted.rows()
     assert found.bytes_after == wanted.bytes_after
 
 
@@ -78,7 +78,7 @@ def test_the_predicted_bytes_are_the_bytes_of_the_outputs_tensors(
     assert plan.bytes_before == sum(tensor.nbytes for tensor in tensors_of(saved("llama")).values())
     assert result.report["size"]["bytes_after"] == plan.bytes_after
     for module in plan.modules:
-        assert module.bytes_after == sum(t.nbytes for name, t in stored.items() if name.startswith(f"{module.name}."))
+        assert module.after.nbytes == sum(t.nbytes for name, t in stored.items() if name.startswith(f"{module.name}."))
 
 
 def test_a_bf16_models_bytes_are_predicted_too(models, recipe_of, compress, tensors_of, tmp_path):
@@ -92,7 +92,7 @@ def test_a_bf16_models_bytes_are_predicted_too(models, recipe_of, compress, tens
 
 def test_a_group_size_that_does_not_divide_becomes_the_largest_power_of_two_that_does(saved, recipe_of):
     (plan,) = plan_recipe(recipe_of(saved("llama"), {"method": "rtn", "group_size": 64}), output=HERE)
-    groups = {(module.shape[1], module.group, module.note) for module in plan.modules}
+    groups = {(module.linear.shape[1], module.after.group_size, module.note) for module in plan.modules}
     assert groups == {
         (32, 32, "group 64 doesn't divide 32 columns"),
         (48, 16, "group 64 doesn't divide 48 columns"),
@@ -102,15 +102,18 @@ def test_a_group_size_that_does_not_divide_becomes_the_largest_power_of_two_that
 
 def test_where_no_group_fits_a_row_gets_one_scale(saved, recipe_of):
     (plan,) = plan_recipe(recipe_of(saved("minilm"), {"method": "rtn", "group_size": 64}), output=HERE)
-    assert {(module.shape[1], module.group) for module in plan.modules} == {(24, "channel"), (96, 32)}
+    assert {(module.linear.shape[1], module.after.strategy, module.after.group_size) for module in plan.modules} == {
+        (24, "channel", 24),
+        (96, "group", 32),
+    }
     assert "group 64 doesn't divide 24 columns: one scale a row is taken for 10 of 12 modules" in plan.notes
 
 
 def test_another_group_than_asked_for_stands_in_the_report(saved, compress, tmp_path):
     report = compress(saved("llama"), tmp_path / "out", {"method": "rtn", "group_size": 64}).report
     row = next(row for row in report["modules"] if row["name"] == "model.layers.1.mlp.down_proj")
-    assert row["group_size"] == 16
-    assert f"{row['name']}: group 64 doesn't divide 48 columns: 16" in report["fallbacks"]
+    assert row["form"] == "4 bit, group 16"
+    assert f"{row['name']}: group 64 doesn't divide 48 columns: group 16" in report["fallbacks"]
 
 
 def told(recipe) -> list[str]:
@@ -130,7 +133,7 @@ def test_strict_groups_name_a_module_that_the_group_does_not_fit(saved, recipe_o
 
 def test_strict_groups_let_a_group_that_fits_everywhere_pass(saved, recipe_of):
     (plan,) = plan_recipe(recipe_of(saved("llama"), {"method": "rtn", "strict_groups": True}), output=HERE)
-    assert {module.group for module in plan.modules} == {16}
+    assert {module.after.group_size for module in plan.modules} == {16}
 
 
 @pytest.mark.parametrize("pattern", ["*.donw_proj", "re:.*donw_proj", "down_proj", "model.layers.7.*"])
@@ -167,7 +170,7 @@ def test_all_problems_are_told_at_once(saved, recipe_of):
 
 def test_a_stage_that_leaves_nothing_to_compress_is_refused(saved, recipe_of):
     assert told(recipe_of(saved("llama"), {"method": "rtn", "ignore": ["model.*"]}))[0] == (
-        "quantize: nothing is left to compress: all 14 linears are ignored or skipped."
+        "quantize: nothing is left to compress: all 14 linears are ignored, skipped or refused."
     )
 
 

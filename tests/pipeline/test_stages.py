@@ -84,14 +84,16 @@ def test_transformers_opens_the_result_of_two_stages(speaking, windows, weights_
 def test_the_report_covers_both_stages(speaking, names, done):
     folder, report = done
     assert report["command"] == "run"
-    assert {row["name"]: row["bits"] for row in report["modules"]} == {
-        name: 8 if ".self_attn." in name else 4 for name in names
+    assert {row["name"]: (row["stage"], row["form"]) for row in report["modules"]} == {
+        name: (1, "8 bit, group 16") if ".self_attn." in name else (2, "4 bit, group 16") for name in names
     }
     assert report["plan"]["modules"] == 14
     assert report["plan"]["bytes_after"] == report["size"]["bytes_after"]
     assert report["source"]["name"] == str(speaking("llama"))
     assert len(report["recipe"]["stages"]) == 2
-    assert json.loads((folder / "modelzip.json").read_text())["modules"].keys() == set(names)
+    recorded = [stage["records"].keys() for stage in json.loads((folder / "modelzip.json").read_text())["stages"]]
+    assert set().union(*recorded) == set(names)
+    assert [len(records) for records in recorded] == [8, 6]
 
 
 def test_only_the_output_is_left(done):

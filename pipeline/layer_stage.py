@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,29 @@ import psutil
 from torch import nn
 
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.checkpoints.target import partial_of
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.weights.layouts import quantization_config
+from modelzip.weights.layouts import MODELZIP, quantization_config
 
 from .calibrate import batches, forward_inputs
 from .context import Context
 from .identity import PROVENANCE
+from .layer_plan import LayerPlan, weights_now
 from .layerwise import Job, compress_blocks
 from .measure import open_streamed
-from .plan import Plan
 from .text import Windows
 
 HIDDEN_SHARE = 0.4
 """Share of the free memory that waiting batches may hold before they spill to disk."""
 
 
-def stage_fingerprint(context: Context, plan: Plan) -> str:
-    """What a resumed stage must share with the interrupted one. The layout may depend on the machine's libraries."""
-    return context.fingerprint + plan.layout
-
-
-def run_stage(
-    plan: Plan,
+def run_layers(
+    plan: LayerPlan,
     source: Checkpoint,
     *,
     target: Path,
+    fingerprint: str,
     windows: Windows | None,
     describe: Callable[[dict[str, Any]], bytes],
     overwrite: bool,
@@ -47,7 +44,6 @@ def run_stage(
 
     describe: makes modelzip.json from the records. Gradients must be off. Raises what the writer and the engine raise.
     """
-    fingerprint = stage_fingerprint(context, plan)
     with CheckpointWriter.open(
         target, source=source, fingerprint=fingerprint, overwrite=overwrite, resume=resume
     ) as writer:
@@ -56,21 +52,35 @@ def run_stage(
         size = context.recipe.calibration.batch_size
         data = [] if windows is None else batches(windows.tokens, size, forward_inputs(streamed.model))
         begin = context.clock.add("open", begin)
-        settings = {module.name: module.settings for module in plan.modules}
         job = Job(
-            targets=settings,
+            kind=plan.kind,
+            targets={module.name: module for module in plan.modules},
+            seed=context.recipe.seed,
             propagate=plan.propagate,
             spill_limit=int(HIDDEN_SHARE * psutil.virtual_memory().available),
             spill_folder=partial_of(target),
         )
         compress_blocks(job, streamed, data, writer=writer, clock=context.clock, progress=context.progress)
         records = {name: record for part in writer.done.values() for name, record in part["modules"].items()}
-        linears = [name for name, module in streamed.model.named_modules() if isinstance(module, nn.Linear)]
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        config["quantization_config"] = quantization_config(
-            plan.schemes, layout=plan.layout, linears=linears, scale_dtype=source.dtype
-        )
+        if (quantization := _quantization(plan, source, streamed, records)) is not None:
+            config["quantization_config"] = quantization
         begin = time.perf_counter()
         writer.finish(config=config, files={PROVENANCE: describe(records)})
         context.clock.add("write", begin)
     return records
+
+
+def _quantization(
+    plan: LayerPlan, source: Checkpoint, streamed: StreamedModel, records: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The result's quantization_config, None if nothing in it is compressed."""
+    metas = {name: weight.meta() for name, weight in weights_now(source, streamed.structure, streamed.names).items()}
+    metas |= {name: record["weight"] for name, record in records.items() if record["weight"] is not None}
+    before = source.quantization or {}
+    own = before if before.get("quant_method") == MODELZIP else {"modules": {}, "shared": {}}
+    metas = {**own["modules"], **{name: meta for name, meta in metas.items() if meta["kind"] != "dense"}}
+    if not metas:
+        return None
+    linears = [name for name, module in streamed.model.named_modules() if isinstance(module, nn.Linear)]
+    return quantization_config(metas, layout=plan.layout, linears=linears, shared=own["shared"])

@@ -1,7 +1,8 @@
-"""`modelzip quantize --method gptq` beside llm-compressor's GPTQ: wall time, memory, size and agreement, in one run.
+"""`modelzip quantize --method gptq`, or what else is named, beside llm-compressor's own: wall time, memory, size and agreement, in one run.
 
-    python gptq_vs_peer.py [MODEL] [--calibration TEXT --evaluation TEXT] [--peer-python PEERS/bin/python]
-    python gptq_vs_peer.py MODEL ... --also asymmetric='--asymmetric' --also-peer peer-rtn='--method rtn'
+    python vs_peer.py [MODEL] [--calibration TEXT --evaluation TEXT] [--peer-python PEERS/bin/python]
+    python vs_peer.py MODEL ... --also asymmetric='--asymmetric' --also-peer peer-rtn='--method rtn'
+    python vs_peer.py MODEL ... --ours 'prune --method sparsegpt' --peer '--method sparsegpt' --name sparsegpt-vs-peer
 
 Without MODEL it makes the protocol's model from the demo package, without texts it takes those of Python's manual, and
 without --peer-python (an environment as peers.txt says) it runs ours only. Commands run whole and in turn, agreement
@@ -37,6 +38,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-python", help="Python of an environment with llm-compressor")
     parser.add_argument("--peer-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--modelzip", default=shlex.quote(str(Path(sys.executable).with_name("modelzip"))))
+    parser.add_argument("--ours", default="quantize --method gptq --bits 4", help="verb and options of modelzip's run")
+    parser.add_argument("--peer", default="", help="options of the peer's run")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=OPTIONS", help="another run of modelzip")
     parser.add_argument("--also-peer", action="append", default=[], metavar="NAME=OPTIONS")
     parser.add_argument("--samples", type=int, default=64)
@@ -69,17 +72,21 @@ def complete(options: argparse.Namespace, work: Path) -> None:
 
 def commands(options: argparse.Namespace, work: Path, dtype: str) -> dict[str, list[str]]:
     """By name: the whole command of each contestant, whose output is the folder of that name."""
-    size = f"--samples {options.samples} --seq-len {options.seq_len} --group-size {options.group_size}".split()
+    size = f"--samples {options.samples} --seq-len {options.seq_len}".split()
+    group = ["--group-size", str(options.group_size)]
     contestants = {}
     for name, extra in (named.split("=", 1) for named in ("ours=", *options.also)):
-        fixed = f"--method gptq --bits 4 --no-evaluate --overwrite -o {shlex.quote(str(work / name))}"
+        # Options go behind those of `--ours`; words that begin with a verb take their place.
+        verb, *own = shlex.split(extra if extra[:1].isalpha() else f"{options.ours} {extra}")
+        fixed = f"--no-evaluate --overwrite -o {shlex.quote(str(work / name))}"
         text = ["--calibration", str(options.calibration)]
-        program = [*shlex.split(options.modelzip), "quantize", str(options.model)]
-        contestants[name] = [*program, *shlex.split(fixed), *size, *text, *shlex.split(extra)]
-    peers = ("peer=", *options.also_peer) if options.peer_python else ()
+        program = [*shlex.split(options.modelzip), verb, str(options.model)]
+        contestants[name] = [*program, *own, *shlex.split(fixed), *size, *text]
+        contestants[name] += group if verb == "quantize" and "--group-size" not in own else []
+    peers = (f"peer={options.peer}", *options.also_peer) if options.peer_python else ()
     for name, extra in (named.split("=", 1) for named in peers):
-        program = [options.peer_python, str(HERE / "llmcompressor_gptq.py"), str(options.model)]
-        rest = [str(work / name), str(options.calibration), *size, "--dtype", dtype]
+        program = [options.peer_python, str(HERE / "peer_llmcompressor.py"), str(options.model)]
+        rest = [str(work / name), str(options.calibration), *size, *group, "--dtype", dtype]
         contestants[name] = [*program, *rest, *shlex.split(extra)]
     return contestants
 

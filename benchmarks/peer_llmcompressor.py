@@ -1,9 +1,9 @@
 """Compress one model with llm-compressor through its public API; run it with the Python of an environment that has it.
 
-    python llmcompressor_gptq.py MODEL OUTPUT TEXT [--samples 64 --seq-len 512 --method gptq --dtype float32]
+    python peer_llmcompressor.py MODEL OUTPUT TEXT [--samples 64 --seq-len 512 --method gptq --dtype float32]
 
-The setting is the protocol's: int4 symmetric weights in groups of 64, every decoder linear, `lm_head` left alone, the
-first windows of TEXT (tokenized whole, no BOS, cut without overlap) in their order. Everything else is the peer's
+The setting is the protocol's: int4 symmetric weights in groups of 64 (or half of the weights pruned), every decoder
+linear, `lm_head` left alone, the first windows of TEXT (tokenized whole, no BOS, cut without overlap) in their order. Everything else is the peer's
 default, which for GPTQ means activation order "static" (the only kind it still has). Prints its phases as JSON.
 """
 
@@ -27,7 +27,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq")
+    parser.add_argument("--method", choices=("gptq", "rtn", "sparsegpt", "wanda"), default="gptq")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--mask", default="0:0", help="of the pruning methods: 0:0 is unstructured, else such as 2:4")
     parser.add_argument("--observer", default=None, help="how scales are chosen, for instance mse; default: the peer's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser.parse_args()
@@ -41,14 +43,29 @@ def windows(tokenizer: Any, text: str, samples: int, length: int) -> list[list[i
     return [ids[start : start + length] for start in range(0, samples * length, length)]
 
 
+def modifier(options: argparse.Namespace) -> Any:
+    """What the peer calls the method."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    if options.method in ("sparsegpt", "wanda"):
+        kind = SparseGPTModifier if options.method == "sparsegpt" else WandaPruningModifier
+        return kind(sparsity=options.sparsity, mask_structure=options.mask, targets=["Linear"], ignore=["lm_head"])
+    weights = QuantizationArgs(
+        num_bits=4, symmetric=True, strategy="group", group_size=options.group_size, observer=options.observer
+    )
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    kind = GPTQModifier if options.method == "gptq" else QuantizationModifier
+    return kind(config_groups=groups, ignore=["lm_head"])
+
+
 def main() -> None:
     options = arguments()
     import torch
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     marks = [("import", time.perf_counter())]
@@ -58,12 +75,7 @@ def main() -> None:
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * options.seq_len] * len(ids)})
     marks.append(("load", time.perf_counter()))
 
-    weights = QuantizationArgs(
-        num_bits=4, symmetric=True, strategy="group", group_size=options.group_size, observer=options.observer
-    )
-    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
-    modifier = GPTQModifier if options.method == "gptq" else QuantizationModifier
-    recipe = modifier(config_groups=groups, ignore=["lm_head"])
+    recipe = modifier(options)
     calibration = {
         "dataset": data,
         "batch_size": options.batch_size,
@@ -71,7 +83,7 @@ def main() -> None:
         "max_seq_length": options.seq_len,
         "shuffle_calibration_samples": False,
     }
-    oneshot(model=model, recipe=recipe, **(calibration if options.method == "gptq" else {}))
+    oneshot(model=model, recipe=recipe, **({} if options.method == "rtn" else calibration))
     marks.append(("compress", time.perf_counter()))
     model.save_pretrained(options.output, save_compressed=True)
     tokenizer.save_pretrained(options.output)

@@ -1,0 +1,133 @@
+"""The stages of a run, one after the other: each starts from the checkpoint that the one before it left."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from modelzip.checkpoints.index import Checkpoint
+
+from .context import Run
+from .engines import run_stage
+from .identity import provenance_of, read_provenance
+from .measure import evaluation_section
+from .text import Windows
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """What a stage recorded, what it weighs, how long it took (None if an earlier run did it), what was measured."""
+
+    kind: str
+    method: str
+    records: dict[str, Any]
+    bytes_after: int
+    seconds: float | None
+    evaluation: dict[str, Any] | None
+
+
+def run_chain(
+    run: Run, calibration: Windows | None, kept: Windows | None, *, overwrite: bool, resume: bool
+) -> list[StageDone]:
+    """Run all stages; all but the last write where `run.targets` says, and are measured if the recipe asks for it.
+
+    With `resume`, stages that are finished are not run again, nor what was measured of them measured again.
+    """
+    done: list[StageDone] = []
+    source = run.checkpoint
+    for number, (plan, target) in enumerate(zip(run.plans, run.targets, strict=True)):
+        is_last = target == run.output
+        stage = run.context.recipe.stages[number]
+        begin = time.perf_counter()
+        earlier = read_provenance(target, run.context.fingerprint) if resume else None
+        if earlier is None:
+            records = run_stage(
+                plan,
+                source,
+                target=target,
+                windows=calibration if plan.needs_data else None,
+                describe=_describer(run, done),
+                overwrite=overwrite or target in run.passing,
+                resume=resume,
+                context=run.context,
+            )
+        else:
+            records = earlier["stages"][-1]["records"]
+        seconds = time.perf_counter() - begin if earlier is None else None
+        source = Checkpoint.open(str(target))
+        evaluation = None if is_last or kept is None else _measure(run, number, source, kept)
+        done.append(StageDone(plan.kind, stage.settings.label, records, source.nbytes, seconds, evaluation))
+    return done
+
+
+def finished_chain(run: Run, provenance: dict[str, Any]) -> list[StageDone]:
+    """What the stages of a finished run recorded; sizes of those whose outputs are gone are the planned ones."""
+    return [
+        StageDone(one["kind"], one["method"], one["records"], plan.bytes_after, None, _remembered(run, number))
+        for number, (one, plan) in enumerate(zip(provenance["stages"], run.plans, strict=True))
+    ]
+
+
+def _describer(run: Run, done: list[StageDone]) -> Callable[[dict[str, Any]], bytes]:
+    """A function from a stage's records to the bytes of modelzip.json, with those of earlier stages."""
+    earlier = [{key: asdict(stage)[key] for key in ("kind", "method", "records")} for stage in done]
+    stage = run.context.recipe.stages[len(done)]
+
+    def describe(records: dict[str, Any]) -> bytes:
+        own = {"kind": stage.kind, "method": stage.settings.label, "records": records}
+        return provenance_of(run.context.recipe, run.checkpoint, run.context.fingerprint, [*earlier, own])
+
+    return describe
+
+
+def _measure(run: Run, number: int, result: Checkpoint, kept: Windows) -> dict[str, Any] | None:
+    """What a stage that isn't the last costs in quality, from an interrupted run if that measured it."""
+    if not run.context.recipe.evaluate.each_stage:
+        return None
+    found = _remembered(run, number)
+    if found is None:
+        begin = time.perf_counter()
+        found = evaluation_section(
+            result,
+            run.checkpoint,
+            kept,
+            dtype=run.context.recipe.dtype,
+            device=run.context.device,
+            progress=run.context.progress,
+        )
+        run.context.clock.add("evaluate", begin)
+        _remember(run, number, found)
+    return found
+
+
+def _remembered(run: Run, number: int) -> dict[str, Any] | None:
+    file = memory_file(run)
+    data = json.loads(file.read_text()) if file.is_file() else {}
+    if data.get("fingerprint") != run.context.fingerprint or data.get("evaluate") != _protocol(run):
+        return None
+    found: dict[str, Any] | None = data["stages"].get(str(number))
+    return found
+
+
+def _remember(run: Run, number: int, found: dict[str, Any]) -> None:
+    file = memory_file(run)
+    earlier = {str(one): value for one in range(number) if (value := _remembered(run, one)) is not None}
+    data = {"fingerprint": run.context.fingerprint, "evaluate": _protocol(run)}
+    draft = file.with_name(f"{file.name}.partial")
+    draft.write_text(json.dumps({**data, "stages": {**earlier, str(number): found}}))
+    os.replace(draft, file)
+
+
+def _protocol(run: Run) -> dict[str, Any]:
+    return run.context.recipe.evaluate.model_dump(mode="json")
+
+
+def memory_file(run: Run) -> Path:
+    """The hidden file beside the output that keeps what was measured of earlier stages, until the run is done."""
+    whole = Path(os.path.abspath(run.output))
+    return whole.with_name(f".{whole.name}.measured.json")

@@ -1,0 +1,84 @@
+"""What a linear will be kept as: a group size that fits its columns, the expected form, and words for it."""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+import torch
+
+from modelzip.compressors.layer import LayerMethod
+from modelzip.compressors.settings import MethodSettings
+from modelzip.weights.affine import Affine
+from modelzip.weights.dense import Dense
+from modelzip.weights.kronecker import Kronecker
+from modelzip.weights.low_rank import LowRank
+from modelzip.weights.sparse import Sparse
+from modelzip.weights.tensor_train import TensorTrain
+from modelzip.weights.value import CompressedWeight
+
+SMALLEST_GROUP: Final = 16
+"""Group sizes that replace one that doesn't divide are powers of two from here up: the ones that engines take."""
+
+Settings = TypeVar("Settings", bound=MethodSettings)
+
+
+def fitted(settings: Settings, columns: int) -> tuple[Settings, str]:
+    """The settings with a group size that divides the columns, and what was changed; those without one stay."""
+    size = getattr(settings, "group_size", None)
+    if not isinstance(size, int) or columns % size == 0:
+        return settings, ""
+    fitting = [
+        1 << power for power in range(4, 16) if SMALLEST_GROUP <= 1 << power < size and columns % (1 << power) == 0
+    ]
+    chosen: int | str = max(fitting) if fitting else "channel"
+    return settings.model_copy(update={"group_size": chosen}), f"group {size} doesn't divide {columns} columns"
+
+
+def taken_group(settings: MethodSettings) -> str:
+    """The group size in words."""
+    size = getattr(settings, "group_size", None)
+    return f"group {size}" if isinstance(size, int) else "one scale a row"
+
+
+def expected(
+    method: LayerMethod, before: CompressedWeight, settings: MethodSettings, dtype: torch.dtype
+) -> CompressedWeight | str:
+    """What a weight will become, on the meta device, or a part of a sentence that says why the method can't take it.
+
+    A product of two factors is compressed factor by factor.
+    """
+    if not isinstance(before, LowRank):
+        return method.expect(before, settings, dtype)
+    factors = []
+    for factor in (before.left, before.right):
+        made = method.expect(factor, fitted(settings, factor.shape[1])[0], dtype)
+        if isinstance(made, str):
+            return made
+        factors.append(made)
+    return LowRank(*factors)
+
+
+def described(weight: CompressedWeight) -> str:
+    """A few words for the plan and the report, such as `4 bit, group 64` or `2:4`."""
+    match weight:
+        case Affine():
+            group = f"group {weight.group_size}" if weight.strategy == "group" else f"one scale a {_ROWS[weight.strategy]}"
+            return f"{weight.bits} bit, {group}"
+        case Sparse():
+            kept = weight.kept_count / (weight.shape[0] * weight.shape[1])
+            share = "{}:{}".format(*weight.pattern) if weight.pattern else f"{100 * (1 - kept):.3g} % zeros"
+            return share if weight.bits is None else f"{share}, {weight.bits} bit"
+        case LowRank():
+            factors = {described(factor) for factor in (weight.left, weight.right)} - {"dense"}
+            return ", ".join([f"rank {weight.left.shape[1]}", *sorted(factors)])
+        case Kronecker():
+            terms, *first = weight.a.shape
+            return f"{terms} × ({first[0]}×{first[1]} ⊗ {weight.b.shape[1]}×{weight.b.shape[2]})"
+        case TensorTrain():
+            return f"{len(weight.cores)} cores, rank {max(core.shape[-1] for core in weight.cores)}"
+        case Dense():
+            return "dense"
+    raise AssertionError(f"a kind without words: {weight.kind}")
+
+
+_ROWS = {"channel": "row", "tensor": "matrix"}

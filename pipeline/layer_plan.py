@@ -1,0 +1,294 @@
+"""The plan of a layer-wise stage: everything that can be known from headers and the meta device, before a weight is
+read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelzip.checkpoints.blocks import Linear, Structure, find_structure, skeleton
+from modelzip.checkpoints.errors import CheckpointError
+from modelzip.checkpoints.headers import TensorInfo
+from modelzip.checkpoints.index import DTYPES, Checkpoint
+from modelzip.checkpoints.names import NameMap
+from modelzip.compressors.layer import LayerMethod
+from modelzip.compressors.methods import METHODS
+from modelzip.compressors.settings import MethodSettings
+from modelzip.recipes.match import matches, settings_for, unmatched
+from modelzip.recipes.schema import Stage
+from modelzip.weights.dense import Dense
+from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, quantization_config, stored
+from modelzip.weights.value import CompressedWeight
+
+from .forms import described, expected, fitted, taken_group
+from .portable import choose_layout
+from .request import Request
+from .room import memory_needed
+
+MEND = {
+    "quantize": "take fewer bits or larger groups",
+    "prune": "take a higher sparsity",
+    "factorize": "take a smaller ratio",
+}
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What is to become of one linear. before, after: on the meta device. note: why its settings aren't the stage's."""
+
+    name: str
+    settings: MethodSettings
+    before: CompressedWeight
+    after: CompressedWeight
+    note: str
+    linear: Linear
+    replaces: tuple[str, ...]  # tensors of the checkpoint
+
+    @property
+    def stem(self) -> str:
+        """What stands before `weight` in its tensors' names."""
+        return self.linear.tensor.removesuffix("weight")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """See `plans.Plan`. weights: what every compressed module of the result will be, on the meta device."""
+
+    kind: str
+    source: str
+    output: Path
+    modules: tuple[ModulePlan, ...]
+    weights: Mapping[str, CompressedWeight]
+    layout: str
+    bytes_before: int
+    bytes_after: int
+    memory_bytes: int
+    disk_bytes: int
+    needs_data: bool
+    propagate: str
+    notes: tuple[str, ...]
+    result: Checkpoint
+
+    def rows(self) -> list[tuple[str, str, str, int, int, str]]:
+        return [
+            (m.name, m.settings.method, described(m.after), m.before.nbytes, m.after.nbytes, m.note)
+            for m in self.modules
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        keys = ("kind", "source", "layout", "bytes_before", "bytes_after", "memory_bytes", "disk_bytes")
+        plain = {key: getattr(self, key) for key in keys}
+        modules = [
+            {
+                "name": module.name,
+                "method": module.settings.method,
+                "form": described(module.after),
+                "shape": module.linear.shape,
+                "bytes_before": module.before.nbytes,
+                "bytes_after": module.after.nbytes,
+                "note": module.note,
+                "settings": module.settings.model_dump(),
+            }
+            for module in self.modules
+        ]
+        return {**plain, "output": str(self.output), "notes": list(self.notes), "modules": modules}
+
+
+def plan_layers(request: Request) -> LayerPlan:
+    """The plan of a layer-wise stage; what is wrong goes to `request.problems`.
+
+    Raises CheckpointError if the model can't be compressed.
+    """
+    checkpoint, stage, problems = request.checkpoint, request.stage, request.problems
+    model = skeleton(checkpoint)
+    names = NameMap(model, checkpoint)
+    structure = find_structure(model, checkpoint, names=names)
+    now = weights_now(checkpoint, structure, names)
+    modules, refused = _modules(request, structure, now, names)
+    weights = {name: weight for name, weight in now.items() if weight.kind != "dense"}
+    weights |= {module.name: module.after for module in modules}
+    before = checkpoint.nbytes
+    after = before - sum(m.before.nbytes for m in modules) + sum(m.after.nbytes for m in modules)
+    layout, layout_note = _layout(request, weights, structure, names)
+    needs_data = any(method_of(module.settings).statistic != "none" for module in modules)
+    if modules and after >= before:
+        problems.append(
+            f"{request.where}: the output ({after:,} bytes) would not be smaller than the input ({before:,} bytes); "
+            f"{MEND[stage.kind]}."
+        )
+    return LayerPlan(
+        kind=stage.kind,
+        source=checkpoint.source,
+        output=request.output,
+        modules=tuple(modules),
+        weights=weights,
+        layout=layout,
+        bytes_before=before,
+        bytes_after=after,
+        memory_bytes=memory_needed(request.recipe, checkpoint, structure, model.config, needs_data=needs_data),
+        disk_bytes=after + request.disk_before,
+        needs_data=needs_data,
+        propagate=getattr(stage.settings, "propagate", "compressed"),
+        notes=(*layout_note, *_notes(structure, modules, refused)),
+        result=_result(checkpoint, modules, weights),
+    )
+
+
+def method_of(settings: MethodSettings) -> LayerMethod:
+    """The method that these settings are of."""
+    return METHODS[type(settings)]
+
+
+def weights_now(checkpoint: Checkpoint, structure: Structure, names: NameMap) -> dict[str, CompressedWeight]:
+    """What each linear of the blocks is in the checkpoint, on the meta device.
+
+    Raises CheckpointError for layouts that modelzip doesn't read.
+    """
+    config = checkpoint.quantization
+    found: dict[str, CompressedWeight] = {}
+    for linear in (linear for block in structure.blocks for linear in block.linears):
+        parts = names.parts(linear.name)
+        if parts:
+            assert config is not None
+            shapes = {suffix: checkpoint.tensors[name] for suffix, name in parts.items()}
+            empty = {s: torch.empty(t.shape, dtype=DTYPES[t.dtype], device="meta") for s, t in shapes.items()}
+            try:
+                found[linear.name] = stored(config, linear.name, empty)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{checkpoint.source} is already {error}, which modelzip can't take as input: give the original "
+                    "model."
+                ) from None
+        else:
+            dtype = DTYPES[checkpoint.tensors[linear.tensor].dtype]
+            found[linear.name] = Dense(torch.empty(linear.shape, dtype=dtype, device="meta"))
+    return found
+
+
+def value_dtype(weight: CompressedWeight) -> torch.dtype:
+    """The type in which values and scales made from this weight are stored: its own, fp32 for fp64."""
+    dtype = next(tensor.dtype for tensor in weight.tensors().values() if tensor.is_floating_point())
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _modules(
+    request: Request, structure: Structure, now: Mapping[str, CompressedWeight], names: NameMap
+) -> tuple[list[ModulePlan], dict[str, str]]:
+    """The modules that the stage works on, and those that the method refuses, with the reason."""
+    stage, where, problems = request.stage, request.where, request.problems
+    linears = [linear for block in structure.blocks for linear in block.linears]
+    problems.extend(_patterns(stage, [linear.name for linear in linears], structure, where=where))
+    modules: list[ModulePlan] = []
+    refused: dict[str, str] = {}
+    misfits: list[str] = []
+    for linear in linears:
+        asked = settings_for(stage, linear.name)
+        if asked is None:
+            continue
+        settings, note = fitted(asked, linear.shape[1])
+        if note and getattr(asked, "strict_groups", False):
+            misfits.append(f"{linear.name} has {linear.shape[1]} columns")
+        before = now[linear.name]
+        after = expected(method_of(settings), before, settings, value_dtype(before))
+        if isinstance(after, str):
+            refused[linear.name] = after
+            continue
+        replaces = tuple(names.parts(linear.name).values()) or (linear.tensor,)
+        modules.append(ModulePlan(linear.name, settings, before, after, note, linear, replaces))
+    again = [name for name in refused if now[name].kind != "dense"]
+    if again:
+        problems.append(
+            f"{where}: {again[0]}{_others(again)} {refused[again[0]]}: give the original model, or leave what is "
+            "compressed out with --ignore."
+        )
+    elif not modules:
+        why = f", the first, {next(iter(refused))}: {next(iter(refused.values()))}" if refused else ""
+        problems.append(
+            f"{where}: nothing is left to compress: all {len(linears)} linears are ignored, skipped or refused{why}."
+        )
+    if misfits:
+        problems.append(
+            f"{where}: group_size {stage.settings.group_size} doesn't divide the columns of {len(misfits)} modules: "
+            f"{misfits[0]}{_others(misfits)}; choose a divisor, or leave out --strict-groups."
+        )
+    return modules, {name: reason for name, reason in refused.items() if name not in again}
+
+
+def _result(
+    checkpoint: Checkpoint, modules: list[ModulePlan], weights: Mapping[str, CompressedWeight]
+) -> Checkpoint:
+    """The checkpoint that will be there, from its headers."""
+    names_of = {dtype: name for name, dtype in DTYPES.items()}
+    replaced = {name for module in modules for name in module.replaces}
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in replaced}
+    for module in modules:
+        for suffix, tensor in module.after.tensors().items():
+            name = module.stem + suffix
+            tensors[name] = TensorInfo(name, names_of[tensor.dtype], tuple(tensor.shape), tensor.nbytes, Path(), 0)
+    own = quantization_config(
+        {name: weight.meta() for name, weight in weights.items()}, layout=MODELZIP, linears=(), shared={}
+    )
+    before = checkpoint.quantization or {}
+    if before.get("quant_method") == MODELZIP:
+        own = {**before, **own, "modules": {**before["modules"], **own["modules"]}, "shared": before["shared"]}
+    return replace(checkpoint, config={**checkpoint.config, "quantization_config": own}, tensors=tensors)
+
+
+def _patterns(stage: Stage, linears: list[str], structure: Structure, *, where: str) -> list[str]:
+    left_alone = dict(structure.left_alone)
+    sentences = []
+    for pattern in unmatched(stage, linears):
+        elsewhere = next((name for name in left_alone if matches(pattern, name)), None)
+        if elsewhere:
+            if pattern not in stage.ignore:
+                sentences.append(
+                    f"{where}: the rule {pattern!r} matches only {elsewhere}, which is never compressed "
+                    f"({left_alone[elsewhere]})."
+                )
+        else:
+            sentences.append(
+                f"{where}: the pattern {pattern!r} matches no module; modules are named like "
+                f"{_nearest(pattern, linears)}."
+            )
+    return sentences
+
+
+def _nearest(pattern: str, linears: list[str]) -> str:
+    """The first linear whose last name is most like the pattern's."""
+    leaves = {name.rpartition(".")[2]: name for name in reversed(linears)}
+    near = difflib.get_close_matches(pattern.rpartition(".")[2].strip("*$"), leaves, n=1)
+    return leaves[near[0]] if near else linears[0]
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _layout(
+    request: Request, weights: Mapping[str, CompressedWeight], structure: Structure, names: NameMap
+) -> tuple[str, list[str]]:
+    asked = getattr(request.stage.settings, "layout", "auto")
+    layout, reason = choose_layout(asked, weights, structure, checkpoint=request.checkpoint, names=names)
+    if reason and layout == COMPRESSED_TENSORS:
+        request.problems.append(f"{request.where}: {reason}; leave out --layout, or choose modelzip.")
+    if layout == MODELZIP:
+        why = f" ({reason})" if reason else ""
+        return layout, [f"the result is in modelzip's own layout{why}: opening it needs `import modelzip.weights`"]
+    return layout, []
+
+
+def _notes(structure: Structure, modules: list[ModulePlan], refused: Mapping[str, str]) -> list[str]:
+    notes = []
+    changed = [(module.note, taken_group(module.settings)) for module in modules if module.note]
+    for note, taken in sorted(set(changed)):
+        notes.append(f"{note}: {taken} is taken for {changed.count((note, taken))} of {len(modules)} modules")
+    kinds: dict[str, list[str]] = {}
+    for name, reason in (*refused.items(), *structure.left_alone):
+        kinds.setdefault(reason, []).append(name)
+    notes += [f"left alone ({reason}): {names[0]}{_others(names)}" for reason, names in kinds.items()]
+    return notes

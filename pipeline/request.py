@@ -1,0 +1,31 @@
+"""What a stage's planner is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.recipes.schema import Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Request:
+    """One stage to be planned.
+
+    checkpoint: what it starts from; only its config and its tensors' names, types and shapes count. where: how problems
+    name the stage. problems: a list to which all that is wrong is added, one sentence each.
+    """
+
+    recipe: Recipe
+    stage: Stage
+    checkpoint: Checkpoint
+    output: Path
+    where: str
+    number: int
+    problems: list[str]
+
+    @property
+    def disk_before(self) -> int:
+        """Bytes of an earlier stage's output, which lies beside this one's while it is written."""
+        return self.checkpoint.nbytes if self.number else 0

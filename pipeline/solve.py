@@ -1,0 +1,125 @@
+"""One linear compressed: the method is given what it asks for, factor by factor where the weight is a product, and what
+takes its place where it can't serve."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelzip.compressors.layer import LayerTask, UnsuitableError
+from modelzip.compressors.methods import FALLBACKS
+from modelzip.compressors.settings import MethodSettings
+from modelzip.weights.low_rank import LowRank
+from modelzip.weights.sparse import Sparse
+from modelzip.weights.value import CompressedWeight
+
+from .forms import fitted
+from .layer_plan import method_of
+
+
+@dataclass
+class Statistic:
+    """Of one input tensor x, over the calibration tokens, for the linears it is handed to.
+
+    value: the mean of x xᵀ, [in, in], or that of x², [in]. prepared: what methods made of it.
+    """
+
+    value: Tensor
+    tokens: int
+    prepared: dict[MethodSettings, Any] = field(default_factory=dict)
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """The mean of x xᵀ, if that is what it is and there were tokens."""
+        return self.value if self.value.ndim == 2 and self.tokens else None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """weight: None if the matrix is left as it is. method: the one that made it. fallback: why not the one asked for."""
+
+    weight: CompressedWeight | None
+    method: str
+    fallback: str | None
+    note: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What doesn't depend on the matrix: the type of stored values, the survey's result, the seed of chance."""
+
+    dtype: torch.dtype
+    surveyed: Any
+    seed: int
+
+
+def solve(
+    name: str,
+    weight: Tensor,
+    now: CompressedWeight | None,
+    *,
+    settings: MethodSettings,
+    statistic: Statistic | None,
+    job: Job,
+) -> Solved:
+    """Compress weight fp32 [out, in]. now: how the checkpoint holds it if not dense."""
+    if isinstance(now, LowRank):
+        return _solve_factors(name, now, settings=settings, statistic=statistic, job=job)
+    kept = now.kept.to(weight.device) if isinstance(now, Sparse) else None
+    generator = torch.Generator().manual_seed(_seed(job.seed, name))
+    task = LayerTask(weight, settings, job.dtype, generator, surveyed=job.surveyed, kept=kept)
+    try:
+        return _solve(task, statistic)
+    except UnsuitableError as error:
+        plain = FALLBACKS[type(settings)](settings)
+        if plain is None:
+            return Solved(None, settings.method, str(error), None)
+        task = LayerTask(weight, plain, job.dtype, generator, kept=kept)
+        return Solved(method_of(plain).compress(task), plain.method, str(error), None)
+
+
+def _solve(task: LayerTask, statistic: Statistic | None) -> Solved:
+    settings, method = task.settings, method_of(task.settings)
+    prepared = note = None
+    if method.statistic != "none":
+        if statistic is None or statistic.tokens == 0:
+            raise UnsuitableError("no calibration token reached it")
+        if settings not in statistic.prepared:
+            made = statistic.value if method.prepare is None else method.prepare(statistic.value, settings)
+            statistic.prepared[settings] = made
+        prepared = statistic.prepared[settings]
+        note = None if method.note is None else method.note(prepared, settings)
+    whole = LayerTask(
+        task.weight, settings, task.dtype, task.generator, prepared=prepared, surveyed=task.surveyed, kept=task.kept
+    )
+    return Solved(method.compress(whole), settings.method, None, note)
+
+
+def _solve_factors(
+    name: str, now: LowRank, *, settings: MethodSettings, statistic: Statistic | None, job: Job
+) -> Solved:
+    """W = L R: R sees the inputs x, and L sees what the compressed R makes of them, so its Hessian is R̂ H R̂ᵀ."""
+    halves = []
+    for part, factor in (("right", now.right), ("left", now.left)):
+        weight = factor.dense(torch.float32)
+        fit, _ = fitted(settings, weight.shape[1])
+        half = solve(f"{name}.{part}", weight, None, settings=fit, statistic=statistic, job=job)
+        halves.append(half)
+        if statistic is not None and part == "right":
+            right = (half.weight or factor).dense(torch.float32)
+            statistic = Statistic(right @ statistic.value @ right.T, statistic.tokens)
+    right_half, left_half = halves
+    weight = LowRank(left_half.weight or now.left, right_half.weight or now.right)
+    notes = [f"{side} factor: {half.note}" for side, half in zip(("right", "left"), halves, strict=True) if half.note]
+    fallback = right_half.fallback or left_half.fallback
+    method = next((half.method for half in halves if half.fallback), settings.method)
+    return Solved(weight, method, fallback, "; ".join(notes) or None)
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed of the module's own, so that what is drawn doesn't depend on which other modules there are."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
