@@ -4,6 +4,7 @@
 #define MODELZIP_NATIVE_H
 
 #include <stdint.h> /* for one thing, it says whether this is glibc */
+#include <string.h>
 
 /* Compiled for several instruction sets; the best one that the machine has is picked when the library is loaded. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -46,6 +47,15 @@ static inline float round_between(float value, float lowest, float highest) {
     value = value < lowest ? lowest : value;
     value = value > highest ? highest : value;
     return (value + whole) - whole;
+}
+
+/* The bf16 nearest to value, ties to even. Adding to the bits of a NaN could carry it into another number. */
+static inline float as_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bits = value != value ? 0x7fc00000u : (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 #endif
