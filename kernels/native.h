@@ -3,6 +3,7 @@
 #ifndef MODELZIP_NATIVE_H
 #define MODELZIP_NATIVE_H
 
+#include <omp.h>    /* threads of the library that torch has loaded: others would contend with torch's, which spin */
 #include <stdint.h> /* for one thing, it says whether this is glibc */
 #include <string.h>
 
@@ -11,14 +12,6 @@
 #define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VECTORIZED
-#endif
-
-/* Threads come from the OpenMP library that torch has loaded: threads of our own would contend with torch's, which wait
- * for work by spinning. */
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static inline int omp_get_thread_num(void) { return 0; }
 #endif
 
 static inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
