@@ -16,7 +16,7 @@
 
 static inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
-/* Numbers that Python gives for the types of tensors. */
+/* Numbers for the types of tensors; native.c tells them to Python. */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* Run `statement` with DTYPE a constant in each branch, so that its loops hold no choice. */

@@ -10,6 +10,7 @@
 #include "../native.h"
 
 #define STRIP 32 /* rows taken together: four AVX2 registers */
+const int64_t gptq_columns_strip = STRIP;
 
 static inline float as_float16(float value) {
     uint32_t bits;

@@ -11,6 +11,7 @@
 
 #define DEPTH 192 /* inputs taken together: a panel of that many lies in the first cache */
 #define STRIP 48  /* tokens taken together: with 1536 inputs, half of the second cache */
+const int64_t mixed_linear_strip = STRIP, mixed_linear_tile_columns = TILE_COLUMNS;
 
 /* A panel [in, TILE_COLUMNS] from `count` rows of weight [out, in], whose rows and columns lie `row` and `column`
  * apart; zeros for rows that are missing. */

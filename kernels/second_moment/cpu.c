@@ -10,6 +10,7 @@
 
 #define DEPTH 256 /* tokens taken together: a panel of that many lies in the first cache */
 #define BLOCK 192 /* rows of total taken together: their groups lie in the second cache. Both tile sides divide it */
+const int64_t second_moment_depth = DEPTH, second_moment_tile_columns = TILE_COLUMNS;
 
 /* One token: x [width] into its place in groups [padded / TILE_ROWS, depth, TILE_ROWS] and in panels [padded /
  * TILE_COLUMNS, depth, TILE_COLUMNS], with zeros from `width` on. */
