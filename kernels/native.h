@@ -3,7 +3,9 @@
 #ifndef MODELZIP_NATIVE_H
 #define MODELZIP_NATIVE_H
 
+#include <omp.h>    /* threads of the library that torch has loaded: others would contend with torch's, which spin */
 #include <stdint.h> /* for one thing, it says whether this is glibc */
+#include <string.h>
 
 /* Compiled for several instruction sets; the best one that the machine has is picked when the library is loaded. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -12,17 +14,9 @@
 #define VECTORIZED
 #endif
 
-/* Threads come from the OpenMP library that torch has loaded: threads of our own would contend with torch's, which wait
- * for work by spinning. */
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static inline int omp_get_thread_num(void) { return 0; }
-#endif
-
 static inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
-/* Numbers that Python gives for the types of tensors. */
+/* Numbers for the types of tensors; native.c tells them to Python. */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* Run `statement` with DTYPE a constant in each branch, so that its loops hold no choice. */
@@ -46,6 +40,15 @@ static inline float round_between(float value, float lowest, float highest) {
     value = value < lowest ? lowest : value;
     value = value > highest ? highest : value;
     return (value + whole) - whole;
+}
+
+/* The bf16 nearest to value, ties to even. Adding to the bits of a NaN could carry it into another number. */
+static inline float as_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bits = value != value ? 0x7fc00000u : (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 #endif

@@ -22,11 +22,8 @@ PRODUCTS = {
 }
 """The same for those that only x86-64 has."""
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Types of values, as native.h numbers them."""
-
-TILE_COLUMNS = 24
-"""As tile.h has it."""
+DTYPES = {torch.float32: "dtype_float32", torch.bfloat16: "dtype_bfloat16", torch.float16: "dtype_float16"}
+"""Types of values that the kernels take, and the names of the constants that stand for them."""
 
 
 @cache
@@ -45,6 +42,14 @@ def library() -> ctypes.CDLL | None:
         if hasattr(native, name):
             getattr(native, name).argtypes = types
     return native
+
+
+def constant(name: str) -> int:
+    """A number that the library was compiled with. Not said again in Python: where the two differed, the kernels would
+    write outside of their scratch space."""
+    native = library()
+    assert native is not None
+    return c_int64.in_dll(native, name).value
 
 
 def pointer(tensor: Tensor) -> int:

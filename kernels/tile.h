@@ -60,10 +60,10 @@ FUSED static inline void narrow(float value, void *values, int64_t at, int dtype
     } else if (dtype == FLOAT16) {
         ((uint16_t *)values)[at] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
     } else {
+        float rounded = as_bfloat16(value);
         uint32_t bits;
-        memcpy(&bits, &value, 4);
-        uint32_t rounded = value != value ? 0x7fc00000u : bits + 0x7fff + ((bits >> 16) & 1);
-        ((uint16_t *)values)[at] = (uint16_t)(rounded >> 16);
+        memcpy(&bits, &rounded, 4);
+        ((uint16_t *)values)[at] = (uint16_t)(bits >> 16);
     }
 }
 

@@ -1,10 +1,11 @@
-"""Pico models for every room's tests: the fixture `models` is the module tests/models.py."""
+"""Pico models for every room's tests: the fixture `models` is the module tests/models.py, and classifiers with data."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,9 +21,14 @@ def models() -> ModuleType:
 
 
 def load_models() -> ModuleType:
-    name = "modelzip_pico_models"
+    return _beside("models")
+
+
+def _beside(stem: str) -> ModuleType:
+    """A module of this folder, which is no package."""
+    name = f"modelzip_pico_{stem}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("models.py"))
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{stem}.py"))
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -48,3 +54,18 @@ def saved(models: ModuleType, tmp_path_factory: pytest.TempPathFactory):
         return folders[name]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def save_classifier() -> Callable[..., Path]:
+    """save_classifier(folder, layers=2, seed=0, **BertConfig's) -> that folder: a pico BERT classifier of two classes,
+    with a WordPiece tokenizer."""
+    save: Callable[..., Path] = _beside("classifiers").save_classifier
+    return save
+
+
+@pytest.fixture(scope="session")
+def write_labelled() -> Callable[..., Path]:
+    """write_labelled(file, count, seed=0) -> that tsv of `sentence` and `label`, which such a classifier can learn."""
+    write: Callable[..., Path] = _beside("classifiers").write_labelled
+    return write

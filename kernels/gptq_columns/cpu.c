@@ -10,14 +10,7 @@
 #include "../native.h"
 
 #define STRIP 32 /* rows taken together: four AVX2 registers */
-
-static inline float as_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-    memcpy(&value, &bits, 4);
-    return value;
-}
+const int64_t gptq_columns_strip = STRIP;
 
 static inline float as_float16(float value) {
     uint32_t bits;

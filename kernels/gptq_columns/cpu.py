@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, library, pointer
-
-STRIP = 32
-"""Rows taken together in cpu.c."""
+from ..native import DTYPES, constant, library, pointer
 
 
 def gptq_columns(
@@ -21,7 +18,7 @@ def gptq_columns(
     half = 1 << (bits - 1)
     threads = torch.get_num_threads()
     matrices = (weight, factor, scale, zero_point, codes, errors)
-    scratch = torch.empty(threads, weight.shape[0], STRIP)
-    levels = (-half, half - 1, DTYPES[value_dtype])
+    scratch = torch.empty(threads, weight.shape[0], constant("gptq_columns_strip"))
+    levels = (-half, half - 1, constant(DTYPES[value_dtype]))
     native.gptq_columns(threads, *weight.shape, *map(pointer, matrices), *levels, pointer(scratch))
     return codes, errors

@@ -1,8 +1,8 @@
 /* A linear in fp32 between activations in fewer bits; reference.py is the definition.
  *
- * Both sides are laid out so that the innermost loop reads them in order: a span of the outputs' weights at a time, then
- * the activations for a strip of tokens after the other, widened on the way. Sums of a strip are rounded while they lie in the first cache. Each output
- * is summed in the same order, however the tokens are divided.
+ * Both sides are laid out so that the innermost loop reads them in order: a span of the outputs' weights at a time,
+ * then the activations for a strip of tokens after the other, widened on the way. Sums of a strip are rounded while
+ * they lie in the first cache. Each output is summed in the same order, however the tokens are divided.
  */
 
 #if defined(__x86_64__)
@@ -11,6 +11,7 @@
 
 #define DEPTH 192 /* inputs taken together: a panel of that many lies in the first cache */
 #define STRIP 48  /* tokens taken together: with 1536 inputs, half of the second cache */
+const int64_t mixed_linear_strip = STRIP, mixed_linear_tile_columns = TILE_COLUMNS;
 
 /* A panel [in, TILE_COLUMNS] from `count` rows of weight [out, in], whose rows and columns lie `row` and `column`
  * apart; zeros for rows that are missing. */
@@ -60,9 +61,9 @@ FUSED static void one_strip(int64_t first, int64_t count, int64_t in, int64_t ou
             memcpy(sums + token * TILE_COLUMNS, bias + column, width * sizeof(float));
         for (int64_t start = 0; start < in; start += DEPTH) {
             int64_t depth = least(DEPTH, in - start);
-            const float *panel = packed + (column - begin) * in + start * TILE_COLUMNS;
+            const float *group = strip + start * STRIP, *panel = packed + (column - begin) * in + start * TILE_COLUMNS;
             for (int64_t token = 0; token < count; token += TILE_ROWS)
-                add_tile(depth, strip + start * STRIP + token * depth, panel, sums + token * TILE_COLUMNS, TILE_COLUMNS);
+                add_tile(depth, group + token * depth, panel, sums + token * TILE_COLUMNS, TILE_COLUMNS);
         }
         FOR_DTYPE(dtype, store(count, width, sums, y, first * out + column, out, DTYPE));
     }

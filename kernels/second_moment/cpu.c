@@ -9,7 +9,8 @@
 #include "../tile.h"
 
 #define DEPTH 256 /* tokens taken together: a panel of that many lies in the first cache */
-#define BLOCK 192 /* rows of total taken together: their groups lie in the second cache. A multiple of both tile sides */
+#define BLOCK 192 /* rows of total taken together: their groups lie in the second cache. Both tile sides divide it */
+const int64_t second_moment_depth = DEPTH, second_moment_tile_columns = TILE_COLUMNS;
 
 /* One token: x [width] into its place in groups [padded / TILE_ROWS, depth, TILE_ROWS] and in panels [padded /
  * TILE_COLUMNS, depth, TILE_COLUMNS], with zeros from `width` on. */
@@ -45,10 +46,11 @@ FUSED static void add_piece(int64_t block, int64_t column, int64_t width, int64_
     for (int64_t row = column > block ? column : block; row < least(block + BLOCK, width); row += TILE_ROWS) {
         const float *group = groups + row * depth, *panel = panels + column * depth;
         float *at = total + row * width + column;
-        if (row + TILE_ROWS <= width && column + TILE_COLUMNS <= width)
+        int64_t rows = least(TILE_ROWS, width - row), columns = least(TILE_COLUMNS, width - column);
+        if (rows == TILE_ROWS && columns == TILE_COLUMNS)
             add_tile(depth, group, panel, at, width);
         else
-            add_edge(depth, group, panel, at, width, least(TILE_ROWS, width - row), least(TILE_COLUMNS, width - column));
+            add_edge(depth, group, panel, at, width, rows, columns);
     }
 }
 

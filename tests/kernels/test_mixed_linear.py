@@ -75,6 +75,15 @@ def test_values_that_are_not_finite_reach_what_they_should():
     assert bool(found[[0, 2, 4, 5]].isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_of_any_bits_stays_one_when_it_is_rounded(dtype):
+    x, weight, _ = given(6, 9, 5, dtype)
+    weight.view(torch.int32)[2, 3] = 0x7FFFFFFF  # half a bf16 step more would be -0
+    found = mixed_linear(x, weight)
+    assert bool(found[:, 2].isnan().all())
+    assert bool(found[:, [0, 1, 3, 4]].isfinite().all())
+
+
 def test_shapes_and_types_that_do_not_fit_are_refused():
     x, weight, bias = given(6, 9, 5, torch.bfloat16)
     with pytest.raises(ValueError, match=r"inputs \(6, 8\) and bias don't fit a weight of \(5, 9\)"):
