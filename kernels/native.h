@@ -14,7 +14,14 @@
 #define VECTORIZED
 #endif
 
-static inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
+/* What isn't put into its caller isn't compiled for the caller's instruction set. */
+#ifdef __GNUC__
+#define PART static inline __attribute__((always_inline))
+#else
+#define PART static inline
+#endif
+
+PART int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
 /* Numbers for the types of tensors; native.c tells them to Python. */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
@@ -35,7 +42,7 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };
     } while (0)
 
 /* The whole number nearest to value (ties to even) between two whole numbers of less than 2^22. */
-static inline float round_between(float value, float lowest, float highest) {
+PART float round_between(float value, float lowest, float highest) {
     const float whole = 12582912.0f; /* 1.5 * 2^23: sums near it have no fraction */
     value = value < lowest ? lowest : value;
     value = value > highest ? highest : value;
@@ -43,7 +50,7 @@ static inline float round_between(float value, float lowest, float highest) {
 }
 
 /* The bf16 nearest to value, ties to even. Adding to the bits of a NaN could carry it into another number. */
-static inline float as_bfloat16(float value) {
+PART float as_bfloat16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     bits = value != value ? 0x7fc00000u : (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelzip.compressors.quantize.gptq import InverseFactor, SingularHessianError, gptq, inverse_factor
+from modelzip.compressors.obs import InverseFactor, SingularHessianError, inverse_factor
+from modelzip.compressors.quantize.gptq import gptq
 from modelzip.compressors.quantize.grid import AffineGrid, fit_grid
 from modelzip.compressors.quantize.methods import METHODS
 from modelzip.compressors.quantize.rtn import rtn
