@@ -9,7 +9,7 @@ from typing import Annotated, Final
 from pydantic import Field
 
 from modelzip.compressors.distill.settings import DistillSettings, Labels
-from modelzip.compressors.factorize.settings import FactorizeSettings, Svd
+from modelzip.compressors.factorize.settings import Embedding, Kronecker, Share, Svd, SvdLlm, TensorTrain
 from modelzip.compressors.prune.settings import Magnitude
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
 from modelzip.compressors.settings import MethodSettings
@@ -20,8 +20,17 @@ QuantizeMethod = Annotated[Rtn | Gptq, Field(discriminator="method")]
 PRUNE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType({"magnitude": Magnitude})
 PruneMethod = Magnitude
 
-FACTORIZE: Final[Mapping[str, type[FactorizeSettings]]] = MappingProxyType({"svd": Svd})
-FactorizeMethod = Svd
+FACTORIZE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType(
+    {
+        "svd": Svd,
+        "svd-llm": SvdLlm,
+        "kronecker": Kronecker,
+        "tensor-train": TensorTrain,
+        "share": Share,
+        "embedding": Embedding,
+    }
+)
+FactorizeMethod = Annotated[Svd | SvdLlm | Kronecker | TensorTrain | Share | Embedding, Field(discriminator="method")]
 
 DISTILL: Final[Mapping[str, type[DistillSettings]]] = MappingProxyType({"labels": Labels})
 DistillMethod = Labels

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,6 +26,11 @@ class MethodSettings(BaseModel):
     example: ClassVar[str] = ""
     whole_stage: ClassVar[frozenset[str]] = frozenset({"method"})
     """Fields that a rule can't change for some modules only."""
+
+    @classmethod
+    def overlaid(cls, data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a stage as plain data, with those of a rule on top."""
+        return {**data, **overrides}
 
     @property
     def label(self) -> str:

@@ -179,7 +179,7 @@ def _rule(
             found.add(inside(path, key), f"is not a setting of {name}; {suggestion(key, known)}")
             del overrides[key]
     stage_wide = base.model_dump() if base is not None else {"method": name}
-    settings = check(method, {**stage_wide, **overrides}, path, found=found)
+    settings = check(method, method.overlaid(stage_wide, overrides), path, found=found)
     rule = check(Rule, own, path, found=found)
     if rule is None:
         return None

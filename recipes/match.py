@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -27,19 +26,20 @@ def settings_for(stage: Stage, module_name: str) -> MethodSettings | None:
     if any(matches(pattern, module_name) for pattern in stage.ignore):
         return None
     skip = False
-    overrides: dict[str, Any] = {}
+    settings: MethodSettings = stage.settings
+    data = settings.model_dump()
+    changed = False
     for rule in stage.rules:
         if matches(rule.match, module_name):
             skip = rule.skip if "skip" in rule.model_fields_set else skip
-            overrides |= rule.overrides
+            data = settings.overlaid(data, rule.overrides)
+            changed = changed or bool(rule.overrides)
     if skip:
         return None
-    if not overrides:
-        settings: MethodSettings = stage.settings
+    if not changed:
         return settings
     try:
-        changed: MethodSettings = type(stage.settings).model_validate({**stage.settings.model_dump(), **overrides})
-        return changed
+        return type(settings).model_validate(data)
     except ValidationError as error:
         told = str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
         raise RecipeError(f"The rules for {module_name} don't go together: {told}.") from None
