@@ -65,9 +65,9 @@ def described(weight: CompressedWeight) -> str:
             group = f"group {weight.group_size}" if weight.strategy == "group" else f"one scale a {_ROWS[weight.strategy]}"
             return f"{weight.bits} bit, {group}"
         case Sparse():
-            kept = weight.kept_count / (weight.shape[0] * weight.shape[1])
+            kept = weight.count / (weight.shape[0] * weight.shape[1])
             share = "{}:{}".format(*weight.pattern) if weight.pattern else f"{100 * (1 - kept):.3g} % zeros"
-            return share if weight.bits is None else f"{share}, {weight.bits} bit"
+            return share if weight.scales is None else f"{share}, {weight.scales.bits} bit"
         case LowRank():
             factors = {described(factor) for factor in (weight.left, weight.right)} - {"dense"}
             return ", ".join([f"rank {weight.left.shape[1]}", *sorted(factors)])

@@ -4,7 +4,7 @@ read."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.headers import TensorInfo
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.names import NameMap
+from modelzip.compressors.factorize.budget import SMALLEST, ratio_for_budget
+from modelzip.compressors.factorize.settings import FactorizeSettings
 from modelzip.compressors.layer import LayerMethod
 from modelzip.compressors.methods import METHODS
 from modelzip.compressors.settings import MethodSettings
@@ -158,7 +160,7 @@ def weights_now(checkpoint: Checkpoint, structure: Structure, names: NameMap) ->
             shapes = {suffix: checkpoint.tensors[name] for suffix, name in parts.items()}
             empty = {s: torch.empty(t.shape, dtype=DTYPES[t.dtype], device="meta") for s, t in shapes.items()}
             try:
-                found[linear.name] = stored(config, linear.name, empty)
+                found[linear.name] = stored(config, linear.name, empty, linear.shape)
             except ValueError as error:
                 raise CheckpointError(
                     f"{checkpoint.source} is already {error}, which modelzip can't take as input: give the original "
@@ -182,6 +184,7 @@ def _modules(
     """The modules that the stage works on, and those that the method refuses, with the reason."""
     stage, where, problems = request.stage, request.where, request.problems
     linears = [linear for block in structure.blocks for linear in block.linears]
+    sized = _sizer(request, linears, now)
     problems.extend(_patterns(stage, [linear.name for linear in linears], structure, where=where))
     modules: list[ModulePlan] = []
     refused: dict[str, str] = {}
@@ -190,7 +193,7 @@ def _modules(
         asked = settings_for(stage, linear.name)
         if asked is None:
             continue
-        settings, note = fitted(asked, linear.shape[1])
+        settings, note = fitted(sized(asked), linear.shape[1])
         if note and getattr(asked, "strict_groups", False):
             misfits.append(f"{linear.name} has {linear.shape[1]} columns")
         before = now[linear.name]
@@ -217,6 +220,40 @@ def _modules(
             f"{misfits[0]}{_others(misfits)}; choose a divisor, or leave out --strict-groups."
         )
     return modules, {name: reason for name, reason in refused.items() if name not in again}
+
+
+def _sizer(
+    request: Request, linears: list[Linear], now: Mapping[str, CompressedWeight]
+) -> Callable[[MethodSettings], MethodSettings]:
+    """A function that turns a target size for the whole model into the one ratio of all matrices that leads there."""
+    target = getattr(request.stage.settings, "target_bytes", None)
+    if target is None:
+        return lambda settings: settings
+
+    def at(settings: MethodSettings, ratio: float) -> MethodSettings:
+        is_asked = isinstance(settings, FactorizeSettings) and settings.target_size is not None
+        return settings.at_ratio(ratio) if is_asked else settings  # type: ignore[attr-defined]
+
+    asked = {linear.name: settings_for(request.stage, linear.name) for linear in linears}
+
+    def bytes_at(ratio: float) -> int:
+        total = request.checkpoint.nbytes
+        for name, settings in asked.items():
+            if settings is not None:
+                before = now[name]
+                after = expected(method_of(settings), before, at(settings, ratio), value_dtype(before))
+                total += 0 if isinstance(after, str) else after.nbytes - before.nbytes
+        return total
+
+    ratio = ratio_for_budget(bytes_at, target)
+    if ratio is None:
+        request.problems.append(
+            f"{request.where}: target_size {target / 1e6:,.1f} MB can't be reached: what isn't factorized, and factors "
+            f"of the lowest rank, weigh {bytes_at(SMALLEST) / 1e6:,.1f} MB; ask for more, or quantize as well."
+        )
+        ratio = SMALLEST
+    found = ratio
+    return lambda settings: at(settings, found)
 
 
 def _result(

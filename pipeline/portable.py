@@ -12,7 +12,7 @@ from modelzip.checkpoints.blocks import Structure, skeleton
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.weights.affine import Affine
-from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, Scheme, portable
+from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, portable
 from modelzip.weights.value import CompressedWeight
 
 
@@ -32,13 +32,12 @@ def choose_layout(
         linear.transposed for block in structure.blocks for linear in block.linears if linear.name in weights
     )
     reason = ""
-    affine = {name: Scheme.of(weight) for name, weight in weights.items() if isinstance(weight, Affine)}
-    if len(affine) < len(weights):
-        other = next(weight for weight in weights.values() if not isinstance(weight, Affine))
-        reason = f"compressed-tensors holds no {other.kind.replace('_', '-')} weights"
+    other = next((weight.kind for weight in weights.values() if not isinstance(weight, Affine)), None)
+    if other is not None:
+        reason = f"compressed-tensors holds no {other.replace('_', '-')} weights"
     elif (checkpoint.quantization or {}).get("shared"):
         reason = "compressed-tensors holds no shared weights"
-    elif not portable(affine.values(), transposed=transposed):
+    elif not portable((weight.meta() for weight in weights.values()), transposed=transposed):
         reason = "compressed-tensors holds 2, 4 and 8 bits in plain linears, and zero points with one scheme for all"
     elif asked != MODELZIP:
         reason = _obstacle(checkpoint, names, weights)

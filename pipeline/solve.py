@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelzip.compressors.factorize.statistics import factor_hessian
 from modelzip.compressors.layer import LayerTask, UnsuitableError
 from modelzip.compressors.methods import FALLBACKS
 from modelzip.compressors.settings import MethodSettings
@@ -111,7 +112,7 @@ def _solve_factors(
         halves.append(half)
         if statistic is not None and part == "right":
             right = (half.weight or factor).dense(torch.float32)
-            statistic = Statistic(right @ statistic.value @ right.T, statistic.tokens)
+            statistic = Statistic(factor_hessian(statistic.value, right), statistic.tokens)
     right_half, left_half = halves
     weight = LowRank(left_half.weight or now.left, right_half.weight or now.right)
     notes = [f"{side} factor: {half.note}" for side, half in zip(("right", "left"), halves, strict=True) if half.note]
