@@ -192,7 +192,8 @@ def batches_by_length(
     lengths = torch.tensor([len(one["input_ids"]) for one in encoded])
     order = torch.sort(lengths, descending=True, stable=True).indices
     return [
-        Batch(rows, _padded([encoded[row] for row in rows.tolist()], tokenizer)) for rows in order.split(batch_size)
+        Batch(rows, _padded([encoded[row] for row in rows.tolist()], tokenizer))
+        for rows in torch.split(order, batch_size)
     ]
 
 
@@ -269,9 +270,10 @@ def _ids(values: Sequence[Any], places: Sequence[str], column: str, names: Seque
         elif str(value).casefold() in ids:
             found.append(ids[str(value).casefold()])
         else:
+            hidden = " (-1 marks labels that are held back: choose another --split)" if number == -1 else ""
             raise CalibrationError(
                 f"{where}: the label {value!r} in the column {column!r} is none of the {len(names)} classes "
-                f"{', '.join(names)}, nor the number of one."
+                f"{', '.join(names)}, nor the number of one{hidden}."
             )
     return tuple(found)
 
