@@ -22,7 +22,8 @@ AGAINST: Final = Option(
 DATA: Final = Option(
     "data",
     ("--data",),
-    "Evaluation text: a .txt, .jsonl or .parquet file, or a hub dataset as NAME or NAME:CONFIG.",
+    "Evaluation text: a .txt, .jsonl or .parquet file, or a hub dataset as NAME or NAME:CONFIG; for classifiers, "
+    "labelled examples from the same or a .tsv or .csv file.",
     path=("evaluate", "data"),
     metavar="FILE",
     required=True,
@@ -31,16 +32,17 @@ DATA: Final = Option(
 
 def evaluate() -> Callable[..., None]:
     """The command `evaluate`."""
-    fields = ("windows", "seq_len", "field", "split", "fail_if")
+    windows = ("windows", "seq_len", "field", "split")
+    labelled = ("task", "text", "pair", "label", "examples", "batch_size", "latency")
     options = [
         MODEL,
         AGAINST,
         DATA,
-        *(field_option(Evaluation, key, ("evaluate", key), panel=None) for key in fields),
+        *(field_option(Evaluation, key, ("evaluate", key), panel=None) for key in (*windows, *labelled, "fail_if")),
         *machine_options(),
         *switch_options("json", "debug"),
     ]
-    doc = "Measure a model against its original. Perplexity, KL divergence, top-1 agreement, size."
+    doc = "Measure a model against its original. Perplexity or accuracy, KL divergence, top-1 agreement, size."
     return command(options, lambda values: _evaluate(options, values), doc)
 
 

@@ -56,18 +56,35 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     perplexity = evaluation.get("perplexity") or {}
     if not isinstance(perplexity, Mapping):
         perplexity = {"compressed": perplexity}
+    unit = "an example" if evaluation.get("accuracy") else "a token"
     figures = [
         ("size, MB", megabytes(size.get("bytes_before")), megabytes(size.get("bytes_after"))),
         ("parameters", "", _number(size.get("parameters"), ",")),
         ("bits per weight", "", _number(size.get("bits_per_weight"), ".2f")),
         ("perplexity", _number(perplexity.get("original"), ".2f"), _number(perplexity.get("compressed"), ".2f")),
-        ("KL to the original, nats a token", "", _number(evaluation.get("kl"), ".4f")),
+        ("accuracy", *_accuracies(evaluation.get("accuracy") or {})),
+        (f"KL to the original, nats {unit}", "", _number(evaluation.get("kl"), ".4f")),
         ("top-1 agreement", "", _number(evaluation.get("top1_agreement"), ".1%")),
         ("difference of the last hidden states", "", _number(evaluation.get("hidden_error"), ".4f")),
+        *(_times(timed) for timed in (evaluation.get("latency") or {}).values()),
         ("time, s", "", _number((report.get("time") or {}).get("total_s"), ".0f")),
         ("peak memory, MB", "", _number(report.get("peak_memory_mb"), ",.0f")),
     ]
     return [figure for figure in figures if figure[1] or figure[2]]
+
+
+def _accuracies(accuracy: Mapping[str, Any]) -> tuple[str, str]:
+    """Both models' accuracies with their 95 % intervals."""
+    shown = []
+    for keys in (("original", "original_low", "original_high"), ("compressed", "low", "high")):
+        share, low, high = (accuracy.get(key) for key in keys)
+        shown.append("" if share is None else f"{share:.2%} ({low:.1%} to {high:.1%})")
+    return shown[0], shown[1]
+
+
+def _times(timed: Mapping[str, Any]) -> tuple[str, str, str]:
+    name = f"ms an example, {timed['batch_size']} at once"
+    return name, f"{timed['original_ms']:.2f}", f"{timed['compressed_ms']:.2f} ({timed['speedup']:.2f} times faster)"
 
 
 def _number(value: Any, form: str) -> str:

@@ -84,7 +84,7 @@ def measure(
     the relative difference of the last hidden states (or whatever else they give), None without an original.
     """
     models = [compressed] if original is None else [original, compressed]
-    size = max(1, _group_bytes(compressed) // max(1, windows.shape[1] * _width(compressed) * 4))
+    size = max(1, group_bytes(compressed) // max(1, windows.shape[1] * _width(compressed) * 4))
     tally, lost, norm = Tally(), 0.0, 0.0
     for begin in range(0, len(windows), size):
         group = windows[begin : begin + size]
@@ -117,7 +117,8 @@ def _width(model: StreamedModel) -> int:
     return int(model.model.config.get_text_config().hidden_size)
 
 
-def _group_bytes(model: StreamedModel) -> int:
+def group_bytes(model: StreamedModel) -> int:
+    """Bytes of hidden states that may wait between two blocks."""
     largest = max(sum(math.prod(linear.shape) for linear in block.linears) for block in model.structure.blocks)
     return max(GROUP_BYTES, 4 * largest)
 

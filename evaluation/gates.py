@@ -44,6 +44,10 @@ METRICS: Final[Mapping[str, Metric]] = {
     "original.perplexity": Metric(("evaluation", "perplexity", "original")),
     "top1_agreement": Metric(("evaluation", "top1_agreement"), SHARE),
     "hidden_error": Metric(("evaluation", "hidden_error"), SHARE),
+    "accuracy": Metric(("evaluation", "accuracy", "compressed"), SHARE),
+    "original.accuracy": Metric(("evaluation", "accuracy", "original"), SHARE),
+    "speedup": Metric(("evaluation", "latency", "batched", "speedup")),
+    "single_speedup": Metric(("evaluation", "latency", "single", "speedup")),
     "bytes": Metric(("size", "bytes_after"), BYTES),
     "original.bytes": Metric(("size", "bytes_before"), BYTES),
     "ratio": Metric(("size", "ratio")),
@@ -56,7 +60,10 @@ METRICS: Final[Mapping[str, Metric]] = {
 }
 
 NEED_ORIGINAL: Final = frozenset(
-    {"kl", "top1_agreement", "hidden_error", "original.perplexity", "original.bytes", "ratio"}
+    {
+        *("kl", "top1_agreement", "hidden_error", "original.perplexity", "original.accuracy"),
+        *("speedup", "single_speedup", "original.bytes", "ratio"),
+    }
 )
 
 OPERATORS: Final[Mapping[str, Callable[[float, float], bool]]] = {

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from modelzip.checkpoints.errors import RecipeError
 
 from .fallbacks import gathered
-from .schema import Module, Report, StageResult
+from .schema import EvaluationResult, Module, Report, StageResult
 
 __all__ = ["Report", "report_json", "report_markdown", "report_schema", "validate", "write_report"]
 
@@ -92,20 +92,31 @@ def _headline(report: Report) -> str:
         share = f"{size.compressed_parameters:,} of {size.parameters:,} parameters"
         rows.append(("Bits a compressed weight", "", f"{size.bits_per_weight:.2f}", share))
     rows.append(("Bits a parameter, whole model", "", f"{size.bits_per_parameter:.2f}", ""))
-    if evaluation:
-        original, compressed = evaluation.perplexity.original, evaluation.perplexity.compressed
-        if compressed is not None:
-            change = f"{100 * (compressed / original - 1):+.1f} %" if original else ""
-            rows.append(("Perplexity", _number(original, ".3f"), _number(compressed, ".3f"), change))
-        if evaluation.kl is not None:
-            rows.append(("KL to the original", "", _number(evaluation.kl, ".4f"), "nats a token"))
-        if evaluation.top1_agreement is not None:
-            rows.append(("Top-1 agreement", "", _number(100 * evaluation.top1_agreement, ".1f") + " %", ""))
-        if evaluation.hidden_error is not None:
-            rows.append(
-                ("Difference of the last hidden states", "", _number(evaluation.hidden_error, ".4f"), "relative")
-            )
-    return _table(("", "original", "compressed", ""), rows)
+    return _table(("", "original", "compressed", ""), [*rows, *(_quality(evaluation) if evaluation else [])])
+
+
+def _quality(evaluation: EvaluationResult) -> list[tuple[str, str, str, str]]:
+    rows = []
+    original, compressed = evaluation.perplexity.original, evaluation.perplexity.compressed
+    if compressed is not None:
+        change = f"{100 * (compressed / original - 1):+.1f} %" if original else ""
+        rows.append(("Perplexity", _number(original, ".3f"), _number(compressed, ".3f"), change))
+    if (found := evaluation.accuracy) is not None:
+        before = _share(found.original, found.original_low, found.original_high)
+        change = "" if found.original is None else f"{100 * (found.compressed - found.original):+.2f} points"
+        rows.append(("Accuracy (95 % interval)", before, _share(found.compressed, found.low, found.high), change))
+    unit = "nats a token" if evaluation.protocol.examples is None else "nats an example"
+    if evaluation.kl is not None:
+        rows.append(("KL to the original", "", _number(evaluation.kl, ".4f"), unit))
+    if evaluation.top1_agreement is not None:
+        rows.append(("Top-1 agreement", "", _number(100 * evaluation.top1_agreement, ".1f") + " %", ""))
+    if evaluation.hidden_error is not None:
+        rows.append(("Difference of the last hidden states", "", _number(evaluation.hidden_error, ".4f"), "relative"))
+    if evaluation.latency is not None:
+        for timed in (evaluation.latency.single, evaluation.latency.batched):
+            times = [f"{milliseconds:.2f} ms" for milliseconds in (timed.original_ms, timed.compressed_ms)]
+            rows.append((f"Time an example, {timed.batch_size} at once", *times, f"{timed.speedup:.2f} × faster"))
+    return rows
 
 
 def _stages(stages: Sequence[StageResult]) -> str:
@@ -115,13 +126,15 @@ def _stages(stages: Sequence[StageResult]) -> str:
     rows = []
     for number, stage in enumerate(stages, 1):
         quality = stage.evaluation
-        figures = (None, None, None)
+        figures: list[tuple[float | None, str]] = [(None, "")] * 4
         if quality is not None:
-            figures = (quality.perplexity.compressed, quality.kl, quality.hidden_error)
-        cells = [_number(figure, form) for figure, form in zip(figures, (".3f", ".4f", ".4f"), strict=True)]
+            accuracy = None if quality.accuracy is None else 100 * quality.accuracy.compressed
+            figures = [(quality.perplexity.compressed, ".3f"), (accuracy, ".2f")]
+            figures += [(quality.kl, ".4f"), (quality.hidden_error, ".4f")]
+        cells = [_number(figure, form) for figure, form in figures]
         seconds = "–" if stage.seconds is None else f"{stage.seconds:,.0f} s"
         rows.append((str(number), stage.kind, stage.method, f"{stage.bytes_after / 1e6:,.1f} MB", *cells, seconds))
-    header = ("", "stage", "method", "weights", "perplexity", "KL", "hidden difference", "time")
+    header = ("", "stage", "method", "weights", "perplexity", "accuracy %", "KL", "hidden difference", "time")
     kept = [index for index in range(len(header)) if index < 4 or any(row[index] != "–" for row in rows)]
     return _table([header[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
@@ -149,8 +162,11 @@ def _protocol(report: Report) -> str:
         lines.append("Quality was not measured in this run.")
     else:
         how = report.evaluation.protocol
+        labelled = f"Evaluation: {how.examples} labelled examples of {_code(how.source)}, {how.cut} of them cut at "
         lines.append(
-            f"Evaluation: {how.windows} × {how.seq_len} tokens of {_code(how.source)}, stride {how.stride}, "
+            f"{labelled}{how.seq_len} tokens, {how.dtype}, SHA-256 {how.sha256[:12]}."
+            if how.examples is not None
+            else f"Evaluation: {how.windows} × {how.seq_len} tokens of {_code(how.source)}, stride {how.stride}, "
             f"{'with' if how.bos else 'no'} BOS, {how.dtype}, {how.tokens:,} tokens scored, SHA-256 {how.sha256[:12]}."
         )
     return "  \n".join(lines)
@@ -214,6 +230,13 @@ def _badness(module: Module) -> float:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def _share(value: float | None, low: float | None, high: float | None) -> str:
+    """A share of 0 to 1 in percent, with its interval."""
+    if value is None or low is None or high is None:
+        return "–"
+    return f"{100 * value:.2f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _code(text: str) -> str:

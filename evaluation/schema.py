@@ -58,13 +58,23 @@ class Module(Section):
 
 class Protocol(Section):
     source: str = Field(description="Where the evaluation text came from")
-    sha256: str = Field(description="SHA-256 of the evaluated token ids")
-    windows: int = Field(description="Windows of tokens")
-    seq_len: int = Field(description="Tokens a window")
-    stride: int = Field(description="Tokens from the start of one window to the start of the next")
-    bos: bool = Field(description="Whether each window starts with the tokenizer's beginning-of-sequence token")
+    sha256: str = Field(description="SHA-256 of the evaluated token ids, or of the labelled examples")
+    windows: int | None = Field(None, description="Windows of tokens; null for labelled examples")
+    seq_len: int = Field(description="Tokens a window, or the most tokens of a labelled example")
+    stride: int | None = Field(
+        None, description="Tokens from the start of one window to the start of the next; null for labelled examples"
+    )
+    bos: bool | None = Field(
+        None,
+        description="Whether each window starts with the tokenizer's beginning-of-sequence token; null for labelled "
+        "examples",
+    )
     dtype: str = Field(description="Number type that both models ran in")
-    tokens: int = Field(description="Tokens that were predicted and scored")
+    tokens: int | None = Field(None, description="Tokens that were predicted and scored; null for labelled examples")
+    examples: int | None = Field(None, description="Labelled examples; null for windows of tokens")
+    cut: int | None = Field(
+        None, description="Labelled examples that were longer than seq_len and lost their ends; null for windows"
+    )
 
 
 class Perplexity(Section):
@@ -74,20 +84,50 @@ class Perplexity(Section):
     )
 
 
+class Accuracy(Section):
+    original: float | None = Field(description="That of the original model, 0 to 1; null if it was not run")
+    original_low: float | None = Field(description="Lower end of its 95 % interval (Wilson 1927)")
+    original_high: float | None = Field(description="Upper end of it")
+    compressed: float = Field(description="That of the compressed model, 0 to 1")
+    low: float = Field(description="Lower end of its 95 % interval")
+    high: float = Field(description="Upper end of it")
+    lost: int | None = Field(description="Examples that only the original model gets right")
+    won: int | None = Field(description="Examples that only the compressed model gets right")
+
+
+class Timed(Section):
+    batch_size: int = Field(description="Examples that ran at once")
+    examples: int = Field(description="Examples of a repetition")
+    original_ms: float = Field(description="Median wall time of the original model, milliseconds an example")
+    compressed_ms: float = Field(description="Median wall time of the compressed model, milliseconds an example")
+    speedup: float = Field(description="Median of the ratios of both, repetition by repetition")
+
+
+class Latency(Section):
+    single: Timed = Field(description="One example at a time")
+    batched: Timed = Field(description="In batches")
+
+
 class EvaluationResult(Section):
     protocol: Protocol = Field(description="How it was measured; figures compare only under the same protocol")
     perplexity: Perplexity = Field(description="exp of the mean negative log-likelihood a token")
     kl: float | None = Field(
-        description="Mean KL(original ‖ compressed), nats a token; null without an original or logits"
+        description="Mean KL(original ‖ compressed), nats a token, or an example; null without an original or logits"
     )
     top1_agreement: float | None = Field(
-        description="Share of tokens (0 to 1) where both models rank the same token first; null without an original "
-        "or logits"
+        description="Share of tokens (0 to 1) where both models rank the same token first, or of examples the same "
+        "class; null without an original or logits"
     )
     hidden_error: float | None = Field(
         None,
         description="Relative difference of the last hidden states, Frobenius norm; null for models with logits, and "
         "without an original",
+    )
+    accuracy: Accuracy | None = Field(
+        None, description="Share of labelled examples put into the right class; null for windows of tokens"
+    )
+    latency: Latency | None = Field(
+        None, description="Both models timed in turns in one process; null unless it was asked for"
     )
 
 

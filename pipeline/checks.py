@@ -32,6 +32,30 @@ def check_kernels(device: torch.device) -> None:
         raise RecipeError(f"{error}.") from None
 
 
+def check_measures(gates: Sequence[Gate], checkpoint: Checkpoint, *, labelled: bool, latency: bool) -> None:
+    """Raise RecipeError for a condition on what isn't measured: labelled examples have no perplexity, windows of tokens
+    no accuracy, and times are taken only if asked for.
+    """
+    for gate in gates:
+        for name in gate.needs:
+            metric = name.removeprefix("original.")
+            if metric == "accuracy" and not labelled:
+                raise RecipeError(
+                    f'The condition "{gate.text}" needs the accuracy, for which {checkpoint.source} must be a '
+                    "classifier, and the evaluation's data must have labels: name a file with a column of labels."
+                )
+            if labelled and metric in ("perplexity", "hidden_error"):
+                raise RecipeError(
+                    f'The condition "{gate.text}" needs {name}, which labelled examples don\'t give: take accuracy or '
+                    "kl, or evaluate.task: tokens."
+                )
+            if metric in ("speedup", "single_speedup") and not (labelled and latency):
+                raise RecipeError(
+                    f'The condition "{gate.text}" needs times, which are taken with evaluate.latency: true (--latency) '
+                    "for classifiers."
+                )
+
+
 def check_predicts(gates: Sequence[Gate], model: Any, checkpoint: Checkpoint) -> None:
     """Raise RecipeError for a condition on the perplexity of a model that doesn't predict the next token."""
     for gate in gates:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.schema import Recipe
 
+from .classify import by_labels
 from .clock import Clock
 from .plans import Plan
 from .progress import Progress
@@ -36,6 +38,12 @@ class Run:
     plans: list[Plan]
     output: Path
     started: float
+
+    @cached_property
+    def by_labels(self) -> bool:
+        """Whether the result is evaluated on labelled examples."""
+        evaluation = self.context.recipe.evaluate
+        return evaluation.enabled and by_labels(evaluation, self.checkpoint.config)
 
     @property
     def targets(self) -> list[Path]:

@@ -50,10 +50,11 @@ def pick_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch
 
 def open_streamed(checkpoint: Checkpoint, dtype: str, device: torch.device) -> StreamedModel:
     """The checkpoint as a streamed model, compressed linears made dense as they are loaded."""
-    return _streamed(checkpoint, pick_dtype(dtype, checkpoint, device), device)
+    return streamed_model(checkpoint, pick_dtype(dtype, checkpoint, device), device)
 
 
-def _streamed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> StreamedModel:
+def streamed_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> StreamedModel:
+    """The same, activations in this very type."""
     return StreamedModel(checkpoint, dtype=dtype, device=device, decode=_decode(checkpoint))
 
 
@@ -84,7 +85,7 @@ def reopen(result: Checkpoint, *, seed: int, device: torch.device) -> tuple[dict
     dense = 4 * sum(_elements(result).values())
     if dense * 1.5 > psutil.virtual_memory().available:
         return None, [f"the output wasn't reopened in a fresh process: that takes {dense / 1e9:,.1f} GB dense in fp32"]
-    streamed = _streamed(result, torch.float32, device)
+    streamed = streamed_model(result, torch.float32, device)
     length = min(PROBE_TOKENS, longest(streamed.model))
     vocabulary = streamed.model.config.get_text_config().vocab_size
     window = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
@@ -110,8 +111,8 @@ def evaluation_section(
 ) -> dict[str, Any]:
     """The report's `evaluation`: figures and the protocol under which they were taken. Runs in fp32 unless told."""
     number = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    model = _streamed(compressed, number, device)
-    other = None if original is None else _streamed(original, number, device)
+    model = streamed_model(compressed, number, device)
+    other = None if original is None else streamed_model(original, number, device)
     causal = is_causal(model.model)
     figures = measure(
         model,

@@ -20,7 +20,8 @@ from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Evaluation, Recipe
 
 from .calibrate import calibration_windows, evaluation_windows
-from .checks import check_comparable, check_kernels, check_predicts, check_room, report_of
+from .checks import check_comparable, check_kernels, check_measures, check_predicts, check_room, report_of
+from .classify import by_labels, check_evaluation, classification_section, is_classifier
 from .clock import Clock
 from .context import Context, Run
 from .chain import StageDone, finished_chain, memory_file, run_chain
@@ -44,7 +45,7 @@ class Result:
 def plan_recipe(recipe: Recipe, *, output: Path) -> list[Plan]:
     """The plan of every stage, from headers alone. Raises what `make_plans` raises."""
     checkpoint = _open(recipe)
-    _check_data(recipe)
+    _check_data(recipe, checkpoint)
     return make_plans(recipe, checkpoint, output=output)
 
 
@@ -65,11 +66,12 @@ def run_recipe(
             check_target(output, overwrite=overwrite)  # as for all models later, but to open this one takes a while
         progress.say(f"reading {recipe.model}: the first time, it is turned into safetensors in the cache")
     checkpoint = _open(recipe)
-    _check_data(recipe)
+    _check_data(recipe, checkpoint)
     plans = make_plans(recipe, checkpoint, output=output)
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
     run = Run(context, checkpoint, plans, output, started)
     model = open_streamed(checkpoint, recipe.dtype, device).model
+    check_measures(gates, checkpoint, labelled=run.by_labels, latency=recipe.evaluate.latency)
     check_predicts(gates, model, checkpoint)
     earlier = read_provenance(output, context.fingerprint) if resume else None
     if earlier is not None:
@@ -111,7 +113,7 @@ def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:
             device=run.context.device,
             progress=run.context.progress,
         )
-    if recipe.evaluate.enabled and recipe.evaluate.data is not None:
+    if recipe.evaluate.enabled and recipe.evaluate.data is not None and not run.by_labels:
         kept = evaluation_windows(recipe.evaluate, run.checkpoint, model)
     run.context.clock.add("text", begin)
     return calibration, kept
@@ -125,7 +127,17 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
     verification, unverified = reopen(result, seed=run.context.recipe.seed, device=run.context.device)
     begin = run.context.clock.add("reopen", begin)
     evaluation = None
-    if kept is not None:
+    if run.by_labels:
+        evaluation = classification_section(
+            result,
+            run.checkpoint,
+            run.context.recipe.evaluate,
+            dtype=run.context.recipe.dtype,
+            device=run.context.device,
+            progress=run.context.progress,
+        )
+        run.context.clock.add("evaluate", begin)
+    elif kept is not None:
         evaluation = evaluation_section(
             result,
             run.checkpoint,
@@ -174,12 +186,12 @@ def _open(recipe: Recipe) -> Checkpoint:
     return Checkpoint.open(recipe.model, revision=recipe.revision)
 
 
-def _check_data(recipe: Recipe) -> None:
+def _check_data(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Raise CalibrationError for data files that can't be read, before anything else is done."""
     if recipe.calibration.source != "self":
         check_source(recipe.calibration.source, field=recipe.calibration.field)
-    if recipe.evaluate.enabled and recipe.evaluate.data is not None:
-        check_source(recipe.evaluate.data, field=recipe.evaluate.field)
+    if recipe.evaluate.enabled:
+        check_evaluation(recipe.evaluate, classifier=is_classifier(checkpoint.config))
 
 
 def evaluate_models(
@@ -198,18 +210,25 @@ def evaluate_models(
     require_measured(gates, evaluation=True, original=against is not None)
     if evaluation.data is None:
         raise RecipeError("Nothing to evaluate on: name a text file with --data FILE.")
-    check_source(evaluation.data, field=evaluation.field)
     where = pick_device(device)
     check_kernels(where)
     checkpoint = Checkpoint.open(model, revision=revision if against is None else None)
     original = None if against is None else Checkpoint.open(against, revision=revision)
-    if original is not None:
-        check_comparable(checkpoint, original)
+    check_evaluation(evaluation, classifier=is_classifier(checkpoint.config))
+    labelled = by_labels(evaluation, checkpoint.config)
+    check_measures(gates, checkpoint, labelled=labelled, latency=evaluation.latency)
     with torch.no_grad():
-        network = open_streamed(checkpoint, dtype, where).model
-        check_predicts(gates, network, checkpoint)
-        windows = evaluation_windows(evaluation, checkpoint, network)
-        section = evaluation_section(checkpoint, original, windows, dtype=dtype, device=where, progress=progress)
+        if labelled:
+            section = classification_section(
+                checkpoint, original, evaluation, dtype=dtype, device=where, progress=progress
+            )
+        else:
+            if original is not None:
+                check_comparable(checkpoint, original)
+            network = open_streamed(checkpoint, dtype, where).model
+            check_predicts(gates, network, checkpoint)
+            windows = evaluation_windows(evaluation, checkpoint, network)
+            section = evaluation_section(checkpoint, original, windows, dtype=dtype, device=where, progress=progress)
     report = {
         "modelzip": package_version("modelzip"),
         "command": "evaluate",

@@ -56,14 +56,33 @@ class Evaluation(BaseModel):
     data: str | None = Field(
         default=None,
         min_length=1,
-        description="Evaluation text: the same kinds of source as for calibration, but self; without one, windows "
-        "held back from calibration.",
-        json_schema_extra={"allowed": SOURCE.removeprefix("self, ")},
+        description="Evaluation text: the same kinds of source as for calibration, but self, or labelled examples from "
+        "a .tsv, .csv, .jsonl or .parquet file or a hub dataset; without one, windows held back from calibration.",
+        json_schema_extra={
+            "allowed": "a .txt, .jsonl, .parquet, .tsv or .csv file, or a hub dataset as NAME or NAME:CONFIG"
+        },
     )
     field: str = Field(default="text", min_length=1, description="Field or column of the data that holds the text.")
     split: str = Field(default="test", min_length=1, description="Split of a hub dataset.")
     windows: int = Field(default=40, ge=1, description="Windows of evaluation text.")
-    seq_len: int = Field(default=512, ge=2, description="Tokens of one window.")
+    seq_len: int = Field(default=512, ge=2, description="Tokens of one window, or the most of a labelled example.")
+    task: Literal["auto", "tokens", "classification"] = Field(
+        default="auto",
+        description="What is compared: the prediction of each token of a text, or the class of each labelled example; "
+        "auto takes classes if the model has them and the data have labels.",
+    )
+    text: str | None = Field(
+        default=None, min_length=1, description="Column of the labelled examples' texts, where it can't be told."
+    )
+    pair: str | None = Field(
+        default=None, min_length=1, description="Column of the second texts, where it can't be told."
+    )
+    label: str | None = Field(default=None, min_length=1, description="Column of the labels, where it can't be told.")
+    examples: int | None = Field(default=None, ge=1, description="Labelled examples; all without a number.")
+    batch_size: int = Field(default=32, ge=1, description="Labelled examples that run through a model at once.")
+    latency: bool = Field(
+        default=False, description="Time both classifiers in turns too, one text at a time and in batches."
+    )
     each_stage: bool = Field(default=True, description="Also measure what the stages before the last one leave.")
     fail_if: tuple[str, ...] = Field(
         default=(), description='Conditions under which the run fails with exit code 3, such as "kl > 0.3".'

@@ -1,7 +1,8 @@
 """The README and docs/ are true: their examples run, their links lead somewhere, their options exist.
 
 A page is run from top to bottom in a folder that holds what its examples name: `my-model` (a pico Llama with a byte
-tokenizer), `wiki.txt` and `wiki-test.txt`. By the words behind the language of a fenced block:
+tokenizer), `my-classifier` (a pico BERT with the same), `wiki.txt`, `wiki-test.txt` and `reviews.tsv`. By the words
+behind the language of a fenced block:
 
     ```bash, ```python            is run, and must end with exit code 0
     ```bash no-test: REASON       is not run
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?P<language>\w*) *(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 VERBS = ("quantize", "run", "evaluate", "methods", "recipe check", "recipe show", "recipe schema")
+SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NOT_OURS = {"--strict"}  # options of other programs that the pages name
 
 
@@ -59,19 +61,28 @@ def text(seed: int, characters: int) -> str:
 
 @pytest.fixture(scope="module")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers and a tokenizer of one token a byte."""
+    """A folder with a Llama and a classifying BERT of two layers each, and a tokenizer of one token a byte."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
-    folder = tmp_path_factory.mktemp("pico") / "my-model"
+    folder = tmp_path_factory.mktemp("pico")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE({byte: index + 2 for index, byte in enumerate(alphabet)} | {"<s>": 0, "</s>": 1}, [])
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder / "my-model")
+    fast.pad_token = "</s>"
+    fast.save_pretrained(folder / "my-classifier")
     config = LlamaConfig(
         vocab_size=258,
         hidden_size=64,
@@ -85,7 +96,9 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        LlamaForCausalLM(config).save_pretrained(folder / "my-model")
+        classifier = BertConfig(**{key: getattr(config, key) for key in SHARED}, pad_token_id=1)
+        BertForSequenceClassification(classifier).save_pretrained(folder / "my-classifier")
     return folder
 
 
@@ -100,7 +113,10 @@ def help_text(verb: str) -> str:
     "page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=lambda page: page.name
 )
 def test_every_example_of_the_page_runs(page: Path, pico: Path, tmp_path: Path) -> None:
-    (tmp_path / "my-model").symlink_to(pico)
+    for name in ("my-model", "my-classifier"):
+        (tmp_path / name).symlink_to(pico / name)
+    reviews = (f"{text(place, 60)}\t{place % 2}\n" for place in range(50))
+    (tmp_path / "reviews.tsv").write_text("sentence\tlabel\n" + "".join(reviews), encoding="utf-8")
     (tmp_path / "wiki.txt").write_text(text(0, 80_000), encoding="utf-8")
     (tmp_path / "wiki-test.txt").write_text(text(1, 40_000), encoding="utf-8")
     for block in blocks(page):

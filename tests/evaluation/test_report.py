@@ -78,6 +78,14 @@ def sample(modules: int = 7, fallbacks: int = 1) -> dict[str, Any]:
             "kl": 0.1234,
             "top1_agreement": 0.75,
             "hidden_error": 0.0321,
+            "accuracy": {
+                **{"original": 0.9, "original_low": 0.88, "original_high": 0.92},
+                **{"compressed": 0.885, "low": 0.86, "high": 0.905, "lost": 17, "won": 4},
+            },
+            "latency": {
+                name: {"batch_size": size, "examples": 64, "original_ms": 3.0, "compressed_ms": 1.5, "speedup": 2.0}
+                for name, size in (("single", 1), ("batched", 32))
+            },
         },
         "size": {
             "bytes_before": 300_000_000,
@@ -244,3 +252,17 @@ def test_every_field_is_documented_in_the_words_of_the_schema() -> None:
 def test_reports_and_conditions_need_no_torch() -> None:
     code = "import sys, modelzip.evaluation.report, modelzip.evaluation.gates; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_markdown_of_a_classifier_states_accuracies_with_intervals_and_times() -> None:
+    data = sample()
+    data["evaluation"] |= {"perplexity": {"original": None, "compressed": None}, "hidden_error": None}
+    data["evaluation"]["protocol"] = {
+        **{"source": "dev.tsv", "sha256": "d" * 64, "examples": 872, "cut": 3, "seq_len": 128, "dtype": "float32"}
+    }
+    words = report_markdown(validate(data))
+    assert "| Accuracy (95 % interval) | 90.00 % (88.0 to 92.0) | 88.50 % (86.0 to 90.5) | -1.50 points |" in words
+    assert "| Time an example, 32 at once | 3.00 ms | 1.50 ms | 2.00 × faster |" in words
+    assert "872 labelled examples of `dev.tsv`, 3 of them cut at 128 tokens, float32, SHA-256 dddddddddddd." in words
+    assert "nats an example" in words
+    assert "None" not in words

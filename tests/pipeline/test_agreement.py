@@ -119,6 +119,8 @@ def test_the_protocol_says_on_what_it_was_measured(speaking, rounded, text_file,
         "bos": False,
         "dtype": "float32",
         "tokens": WINDOWS * SEQ_LEN,
+        "examples": None,
+        "cut": None,
     }
 
 

@@ -1,0 +1,103 @@
+"""Classifiers opened and fed with labelled examples, each by its own tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from modelzip.checkpoints.errors import CheckpointError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.streamed import StreamedModel
+from modelzip.evaluation.agreement import group_bytes
+
+from .calibrate import longest, tokenizer_of
+from .labelled import Batch, Examples, batches_by_length, count_cut, encode
+from .measure import streamed_model
+
+OWN: Final = "modelzip-"
+"""Models of a type of our own are small and have no blocks to stream: they are opened whole."""
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A model and what it is fed. cut: examples that lost tokens to `length`, the most tokens of one."""
+
+    model: Any
+    batches: list[Batch]
+    length: int
+    cut: int
+
+
+def open_classifier(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """The checkpoint as a streamed model, or whole in memory where it has no blocks."""
+    if str(checkpoint.config.get("model_type")).startswith(OWN):
+        return open_whole(checkpoint, dtype, device)
+    return streamed_model(checkpoint, dtype, device)
+
+
+def open_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """The classifier in memory as transformers opens it, with modelzip's own layouts and models."""
+    from transformers import AutoModelForSequenceClassification
+
+    import modelzip.weights  # noqa: F401  # teaches them to transformers
+
+    try:
+        model: Any = AutoModelForSequenceClassification.from_pretrained(checkpoint.folder, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"{checkpoint.source} can't be opened as a classifier ({str(error).strip().splitlines()[0]})."
+        ) from None
+    return model.to(device).eval()
+
+
+def feed(checkpoint: Checkpoint, model: Any, examples: Examples, *, seq_len: int, batch_size: int) -> Fed:
+    """The examples as this model takes them: its own token ids, at most `seq_len` and what its positions allow."""
+    network = model.model if isinstance(model, StreamedModel) else model
+    tokenizer = tokenizer_of(checkpoint)
+    length = min(seq_len, longest(network), tokenizer.model_max_length)
+    encoded = encode(examples, tokenizer, max_length=length)
+    taken = inspect.signature(network.forward).parameters
+    kept = [{name: values for name, values in one.items() if name in taken} for one in encoded]
+    cut = count_cut(examples, encoded, tokenizer, max_length=length)
+    return Fed(model, batches_by_length(kept, tokenizer, batch_size=batch_size), length, cut)
+
+
+def class_logits(fed: Fed, report: Callable[[int], None]) -> Tensor:
+    """Logits [examples, classes] in fp32 and in the examples' order. report: told how many more are done."""
+    found: Tensor | None = None
+    for batch, logits in zip(fed.batches, outputs(fed), strict=True):
+        if found is None:
+            found = torch.full((sum(len(one.rows) for one in fed.batches), logits.shape[-1]), torch.nan)
+        found[batch.rows] = logits.float().cpu()
+        report(len(batch.rows))
+    assert found is not None
+    return found
+
+
+def outputs(fed: Fed) -> Iterator[Tensor]:
+    """Logits [batch, classes] of each batch."""
+    if isinstance(fed.model, StreamedModel):
+        yield from _streamed(fed.model, fed.batches)
+        return
+    for batch in fed.batches:
+        yield fed.model(**{name: value.to(fed.model.device) for name, value in batch.inputs.items()}).logits
+
+
+def _streamed(model: StreamedModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    """Logits of each batch; groups of batches whose hidden states stay under a limit go through the blocks together."""
+    limit, width = group_bytes(model), int(model.model.config.get_text_config().hidden_size)
+    group: list[Batch] = []
+    size = 0
+    for batch in batches:
+        own = batch.inputs["input_ids"].numel() * width * 4
+        if group and size + own > limit:
+            yield from (output.logits for output in model.outputs([one.inputs for one in group]))
+            group, size = [], 0
+        group.append(batch)
+        size += own
+    yield from (output.logits for output in model.outputs([one.inputs for one in group]))

@@ -1,0 +1,218 @@
+"""Classifiers measured on labelled examples: what each is fed, and that streaming changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+from modelzip.checkpoints.errors import CheckpointError, ModelzipError, RecipeError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.pipeline import feeding
+from modelzip.pipeline.classify import by_labels, classification_section
+from modelzip.pipeline.labelled import read_examples
+from modelzip.pipeline.run import evaluate_models
+from modelzip.recipes.schema import Evaluation
+
+WORDS = [f"w{place}" for place in range(92)]
+CPU = torch.device("cpu")
+
+
+class Silent:
+    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
+        assert 0 < done <= total
+
+    def say(self, line: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def classifier(models: Any) -> Callable[..., Path]:
+    """classifier(folder, words=WORDS, family=..., **changes of the config) -> a pico model with a word tokenizer."""
+
+    def make(folder: Path, words: list[str] = WORDS, family: str = "bert-classifier", **changes: Any) -> Path:
+        models.FAMILIES[family].build(**changes).save_pretrained(folder)
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        vocabulary = {word: place for place, word in enumerate([*special, *words])}
+        raw = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+        raw.pre_tokenizer = WhitespaceSplit()
+        raw.post_processor = processors.TemplateProcessing(
+            **{"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1"},
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+        names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+        PreTrainedTokenizerFast(tokenizer_object=raw, **names).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(classifier: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return classifier(tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pairs of 1 to 20 words each with labels."""
+    draw = random.Random(3)
+    file = tmp_path_factory.mktemp("data") / "dev.jsonl"
+    sides = [" ".join(draw.choices(WORDS, k=draw.randint(1, 20))) for _ in range(120)]
+    rows = (
+        {"premise": a, "hypothesis": b, "label": draw.randint(0, 1)}
+        for a, b in zip(sides[::2], sides[1::2], strict=True)
+    )
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+def section(model: Path, against: Path | None, **evaluation: Any) -> Mapping[str, Any]:
+    one, other = Checkpoint.open(str(model)), None if against is None else Checkpoint.open(str(against))
+    with torch.no_grad():
+        return classification_section(one, other, Evaluation(**evaluation), dtype="auto", device=CPU, progress=Silent())
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 30])
+def test_accuracy_is_that_of_transformers_itself_however_the_batches_are_grouped(
+    model: Path, data: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeding, "group_bytes", lambda streamed: limit)
+    network = AutoModelForSequenceClassification.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    right = 0
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        with torch.no_grad():
+            logits = network(**tokenizer(row["premise"], row["hypothesis"], return_tensors="pt")).logits
+        right += int(logits.argmax()) == row["label"]
+    found = section(model, model, data=str(data), batch_size=7)
+    assert 0 < right < len(rows)
+    assert found["accuracy"]["compressed"] == found["accuracy"]["original"] == right / len(rows)
+    assert (found["accuracy"]["lost"], found["accuracy"]["won"]) == (0, 0)
+    assert found["kl"] == 0
+    assert found["protocol"]["examples"] == len(rows)
+
+
+def test_models_with_different_vocabularies_are_each_fed_by_their_own_tokenizer(
+    model: Path, data: Path, classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = classifier(tmp_path / "other", words=WORDS[::-1])
+    network = AutoModelForSequenceClassification.from_pretrained(model)
+    permuted = AutoModelForSequenceClassification.from_pretrained(other, vocab_size=96)
+    with torch.no_grad():
+        table = network.get_input_embeddings().weight
+        permuted.load_state_dict(network.state_dict())
+        permuted.get_input_embeddings().weight.copy_(torch.cat([table[:4], table[4:].flip(0)]))
+    permuted.save_pretrained(other)
+    found = section(other, model, data=str(data))
+    assert found["kl"] < 1e-12  # measured: 0.0
+    assert found["top1_agreement"] == 1
+    shorter = classifier(tmp_path / "shorter", words=WORDS[:50], vocab_size=54)
+    report = evaluate_models(
+        str(shorter),
+        **{"against": str(model), "evaluation": Evaluation(data=str(data)), "revision": None},
+        **{"device": "cpu", "dtype": "auto", "progress": Silent()},
+    )
+    assert report["evaluation"]["kl"] > 0
+
+
+def test_classes_in_another_order_are_compared_by_their_names(
+    model: Path, data: Path, classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    one = classifier(tmp_path / "one", **names)
+    other = classifier(tmp_path / "other", id2label={0: "yes", 1: "no"}, label2id={"yes": 0, "no": 1})
+    turned = AutoModelForSequenceClassification.from_pretrained(other)
+    with torch.no_grad():
+        for parameter in turned.classifier.parameters():
+            parameter.copy_(parameter.flip(0))
+    turned.save_pretrained(other)
+    found = section(other, one, data=str(data))
+    assert found["top1_agreement"] == 1
+    assert found["kl"] < 1e-12
+
+
+def test_examples_that_are_too_long_are_cut_and_counted(model: Path, data: Path) -> None:
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    long = sum(len(f"{row['premise']} {row['hypothesis']}".split()) + 3 > 16 for row in rows)
+    assert section(model, None, data=str(data), seq_len=16)["protocol"]["cut"] == long
+    assert section(model, None, data=str(data))["protocol"] | {"sha256": ""} == {
+        **{"source": str(data), "sha256": "", "examples": 60, "cut": 0, "seq_len": 64, "dtype": "float32"}
+    }
+
+
+def test_the_streamed_and_the_whole_model_give_the_same_logits(model: Path, data: Path) -> None:
+    examples = read_examples(str(data))
+    checkpoint = Checkpoint.open(str(model))
+    found = []
+    with torch.no_grad():
+        for opened in (feeding.open_classifier, feeding.open_whole):
+            network = opened(checkpoint, torch.float32, CPU)
+            fed = feeding.feed(checkpoint, network, examples, seq_len=64, batch_size=8)
+            found.append(feeding.class_logits(fed, lambda more: None))
+    assert (found[0] - found[1]).norm() / found[1].norm() < 1e-6  # measured: 1.4e-7
+
+
+def test_a_model_without_a_padding_token_takes_one_example_at_a_time(
+    data: Path, classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = classifier(tmp_path / "model", family="distilbert", max_position_embeddings=64)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    padded = section(folder, None, data=str(data))["accuracy"]
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert section(folder, None, data=str(data))["accuracy"] == padded
+
+
+def test_times_are_taken_of_both_models_if_asked_for(model: Path, data: Path) -> None:
+    found = section(model, model, data=str(data), latency=True, batch_size=4)["latency"]
+    assert (found["single"]["batch_size"], found["batched"]["batch_size"]) == (1, 4)
+    assert all(timed["original_ms"] > 0 and timed["speedup"] > 0 for timed in found.values())
+    with pytest.raises(RecipeError, match="compares two classifiers"):
+        section(model, None, data=str(data), latency=True)
+
+
+def test_classes_are_taken_where_the_model_has_them_and_the_data_have_labels(data: Path, tmp_path: Path) -> None:
+    config = {"architectures": ["BertForSequenceClassification"]}
+    text = tmp_path / "plain.jsonl"
+    text.write_text('{"text": "a"}\n', encoding="utf-8")
+    assert by_labels(Evaluation(data=str(data)), config)
+    assert not by_labels(Evaluation(data=str(data)), {"architectures": ["BertModel"]})
+    assert not by_labels(Evaluation(data=str(text)), config)
+    assert not by_labels(Evaluation(data=str(data), task="tokens"), config)
+    with pytest.raises(RecipeError, match=r"the model is BertModel, which has no classes"):
+        by_labels(Evaluation(data=str(data), task="classification"), {"architectures": ["BertModel"]})
+
+
+def test_a_model_that_predicts_a_number_and_one_with_other_classes_are_refused(
+    model: Path, data: Path, classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="has no accuracy"):
+        section(classifier(tmp_path / "number", num_labels=1), None, data=str(data))
+    with pytest.raises(ModelzipError, match=r"has 3 classes and .* has 2"):
+        section(model, classifier(tmp_path / "three", num_labels=3), data=str(data))
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [("perplexity > 3", "labelled examples don't give"), ("speedup < 2", "--latency")],
+)
+def test_a_condition_on_what_is_not_measured_is_refused_at_once(
+    model: Path, data: Path, condition: str, words: str
+) -> None:
+    evaluation = Evaluation(data=str(data), fail_if=(condition,))
+    with pytest.raises(RecipeError, match=words):
+        evaluate_models(
+            str(model),
+            **{"against": str(model), "evaluation": evaluation, "revision": None},
+            **{"device": "cpu", "dtype": "auto", "progress": Silent()},
+        )
