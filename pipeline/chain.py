@@ -12,6 +12,7 @@ from typing import Any
 
 from modelzip.checkpoints.index import Checkpoint
 
+from .classify import by_labels, classification_section
 from .context import Run
 from .engines import run_stage
 from .identity import provenance_of, read_provenance
@@ -60,7 +61,7 @@ def run_chain(
             records = earlier["stages"][-1]["records"]
         seconds = time.perf_counter() - begin if earlier is None else None
         source = Checkpoint.open(str(target))
-        evaluation = None if is_last or kept is None else _measure(run, number, source, kept)
+        evaluation = None if is_last else _measured_once(run, number, source, kept)
         done.append(StageDone(plan.kind, stage.settings.label, records, source.nbytes, seconds, evaluation))
     return done
 
@@ -85,22 +86,27 @@ def _describer(run: Run, done: list[StageDone]) -> Callable[[dict[str, Any]], by
     return describe
 
 
-def _measure(run: Run, number: int, result: Checkpoint, kept: Windows) -> dict[str, Any] | None:
-    """What a stage that isn't the last costs in quality, from an interrupted run if that measured it."""
+def measured(run: Run, result: Checkpoint, kept: Windows | None) -> dict[str, Any] | None:
+    """What a stage's result costs in quality: its report's `evaluation`; None if it isn't measured."""
+    recipe, device, progress = run.context.recipe, run.context.device, run.context.progress
+    begin = time.perf_counter()
+    found = None
+    if recipe.evaluate.enabled and by_labels(recipe.evaluate, result.config):
+        found = classification_section(
+            result, run.checkpoint, recipe.evaluate, dtype=recipe.dtype, device=device, progress=progress
+        )
+    elif kept is not None and not run.by_labels:
+        found = evaluation_section(result, run.checkpoint, kept, dtype=recipe.dtype, device=device, progress=progress)
+    run.context.clock.add("evaluate", begin)
+    return found
+
+
+def _measured_once(run: Run, number: int, result: Checkpoint, kept: Windows | None) -> dict[str, Any] | None:
+    """The same for a stage that isn't the last, from an interrupted run if that measured it."""
     if not run.context.recipe.evaluate.each_stage:
         return None
     found = _remembered(run, number)
-    if found is None:
-        begin = time.perf_counter()
-        found = evaluation_section(
-            result,
-            run.checkpoint,
-            kept,
-            dtype=run.context.recipe.dtype,
-            device=run.context.device,
-            progress=run.context.progress,
-        )
-        run.context.clock.add("evaluate", begin)
+    if found is None and (found := measured(run, result, kept)) is not None:
         _remember(run, number, found)
     return found
 

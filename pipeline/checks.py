@@ -17,9 +17,9 @@ from modelzip.kernels import dispatch
 
 from .calibrate import is_causal
 from .context import Run
+from .engines import stage_fingerprint
 from .identity import header_hash
 from .room import check_machine
-from .engines import stage_fingerprint
 
 REPORT: Final = "report.json"
 

@@ -43,11 +43,11 @@ class Run:
     def by_labels(self) -> bool:
         """Whether the result is evaluated on labelled examples."""
         evaluation = self.context.recipe.evaluate
-        return evaluation.enabled and by_labels(evaluation, self.checkpoint.config)
+        return evaluation.enabled and by_labels(evaluation, self.plans[-1].result.config)
 
     @property
     def targets(self) -> list[Path]:
-        """Where each stage writes to: the folder that it is to be kept in, a hidden one beside the output, the output."""
+        """Where each stage writes to: the folder where it is kept, or a hidden one beside the output; then the output."""
         whole = Path(os.path.abspath(self.output))
         stages = self.context.recipe.stages
         return [

@@ -20,11 +20,11 @@ from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Evaluation, Recipe
 
 from .calibrate import calibration_windows, evaluation_windows
+from .chain import StageDone, finished_chain, measured, memory_file, run_chain
 from .checks import check_comparable, check_kernels, check_measures, check_predicts, check_room, report_of
 from .classify import by_labels, check_evaluation, classification_section, is_classifier
 from .clock import Clock
 from .context import Context, Run
-from .chain import StageDone, finished_chain, memory_file, run_chain
 from .environment import environment, package_version, peak_memory_mb
 from .identity import fingerprint_of, header_hash, read_provenance
 from .measure import evaluation_section, open_streamed, pick_device, reopen
@@ -44,9 +44,9 @@ class Result:
 
 def plan_recipe(recipe: Recipe, *, output: Path) -> list[Plan]:
     """The plan of every stage, from headers alone. Raises what `make_plans` raises."""
-    checkpoint = _open(recipe)
-    _check_data(recipe, checkpoint)
-    return make_plans(recipe, checkpoint, output=output)
+    plans = make_plans(recipe, _open(recipe), output=output)
+    _check_data(recipe, plans[-1].result)
+    return plans
 
 
 def run_recipe(
@@ -66,12 +66,12 @@ def run_recipe(
             check_target(output, overwrite=overwrite)  # as for all models later, but to open this one takes a while
         progress.say(f"reading {recipe.model}: the first time, it is turned into safetensors in the cache")
     checkpoint = _open(recipe)
-    _check_data(recipe, checkpoint)
     plans = make_plans(recipe, checkpoint, output=output)
+    _check_data(recipe, plans[-1].result)
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
     run = Run(context, checkpoint, plans, output, started)
     model = open_streamed(checkpoint, recipe.dtype, device).model
-    check_measures(gates, checkpoint, labelled=run.by_labels, latency=recipe.evaluate.latency)
+    check_measures(gates, plans[-1].result, labelled=run.by_labels, latency=recipe.evaluate.latency)
     check_predicts(gates, model, checkpoint)
     earlier = read_provenance(output, context.fingerprint) if resume else None
     if earlier is not None:
@@ -125,28 +125,8 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
     begin = time.perf_counter()
     run.context.progress.say("reopening the output in a fresh process")
     verification, unverified = reopen(result, seed=run.context.recipe.seed, device=run.context.device)
-    begin = run.context.clock.add("reopen", begin)
-    evaluation = None
-    if run.by_labels:
-        evaluation = classification_section(
-            result,
-            run.checkpoint,
-            run.context.recipe.evaluate,
-            dtype=run.context.recipe.dtype,
-            device=run.context.device,
-            progress=run.context.progress,
-        )
-        run.context.clock.add("evaluate", begin)
-    elif kept is not None:
-        evaluation = evaluation_section(
-            result,
-            run.checkpoint,
-            kept,
-            dtype=run.context.recipe.dtype,
-            device=run.context.device,
-            progress=run.context.progress,
-        )
-        run.context.clock.add("evaluate", begin)
+    run.context.clock.add("reopen", begin)
+    evaluation = measured(run, result, kept)
     modules, fallbacks = [], list(unverified)
     for number, (plan, stage) in enumerate(zip(run.plans, done, strict=True), 1):
         rows, sentences = module_rows(number, plan, stage.records)
@@ -186,12 +166,12 @@ def _open(recipe: Recipe) -> Checkpoint:
     return Checkpoint.open(recipe.model, revision=recipe.revision)
 
 
-def _check_data(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Raise CalibrationError for data files that can't be read, before anything else is done."""
+def _check_data(recipe: Recipe, result: Checkpoint) -> None:
+    """Raise CalibrationError for data files that can't be read, before any work is done. result: as it will be."""
     if recipe.calibration.source != "self":
         check_source(recipe.calibration.source, field=recipe.calibration.field)
     if recipe.evaluate.enabled:
-        check_evaluation(recipe.evaluate, classifier=is_classifier(checkpoint.config))
+        check_evaluation(recipe.evaluate, classifier=is_classifier(result.config))
 
 
 def evaluate_models(
