@@ -46,6 +46,7 @@ class NameMap:
     """Parameters and persistent buffers of `model` (its state dict's names) and where they come from."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
         self._state = model.state_dict()
         self._direct: dict[str, str] = {}
         self._conversions: dict[str, Conversion] = {}

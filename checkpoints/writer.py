@@ -86,19 +86,20 @@ class CheckpointWriter:
         """Leave these source tensors out on purpose."""
         self._dropped.update(dict.fromkeys(names, reason))
 
-    def finish(self, *, config: dict[str, Any], files: Mapping[str, bytes]) -> Path:
+    def finish(self, *, config: dict[str, Any], files: Mapping[str, bytes], left_out: Iterable[str] = ()) -> Path:
         """Copy what is left of the source, check that nothing is lost or doubled, and rename to the target.
 
         `config` becomes config.json; `files` are written beside it (a path with slashes makes folders) and win over
-        the source's side files of the same name.
+        the source's side files of the same name. `left_out`: the source's side files that the result has no use for.
         """
+        left_out = frozenset(left_out)
         copied = self._account()
         shards = [part.file for part in sorted(self._journal.parts.values(), key=lambda part: natural_key(part.part))]
         shards += self._copy(copied)
         weight_map = self._check_written(shards, copied)
         renamed = _final_names(shards)
         for path in self._source.side_files:
-            if str(path) not in files:
+            if str(path) not in files and str(path) not in left_out:
                 copy_file(self._source.folder / path, self._folder / path)
         for name, data in {**files, CONFIG: _json(config)}.items():
             with disk_errors(self._folder):

@@ -55,10 +55,10 @@ def open_streamed(checkpoint: Checkpoint, dtype: str, device: torch.device) -> S
 
 def streamed_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> StreamedModel:
     """The same, activations in this very type."""
-    return StreamedModel(checkpoint, dtype=dtype, device=device, decode=_decode(checkpoint))
+    return StreamedModel(checkpoint, dtype=dtype, device=device, decode=decode_of(checkpoint))
 
 
-def _decode(checkpoint: Checkpoint) -> Decode | None:
+def decode_of(checkpoint: Checkpoint) -> Decode | None:
     config = checkpoint.quantization
     if config is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -76,20 +77,20 @@ def check_source(source: str, *, field: str) -> None:
         raise CalibrationError(f"There is no file {source}: check the path of the calibration or evaluation text.")
     if path.stat().st_size == 0:
         raise CalibrationError(f"{source} is empty: give a file with text.")
-    next(_documents(path, field), None)
+    next(documents(path, field), None)
 
 
 def _is_file(source: str) -> bool:
     path = Path(source)
-    return path.exists() or path.suffix in {".txt", ".jsonl", ".parquet", ".json", ".csv", ".md"}
+    return path.exists() or path.suffix in {".txt", ".jsonl", ".parquet", ".json", ".csv", ".tsv", ".md"}
 
 
 def _text(source: str, *, field: str, split: str, characters: int) -> tuple[str, bool]:
     """About the first `characters` of the source's text, and whether that is all of it."""
-    documents = _documents(Path(source), field) if _is_file(source) else _hub(source, field=field, split=split)
+    every = documents(Path(source), field) if _is_file(source) else _hub(source, field=field, split=split)
     pieces: list[str] = []
     length = 0
-    for document in documents:
+    for document in every:
         pieces.append(document)
         length += len(document) + 2
         if length > characters:
@@ -101,7 +102,8 @@ def _text(source: str, *, field: str, split: str, characters: int) -> tuple[str,
     return text[: end if end > 0 else characters], False
 
 
-def _documents(path: Path, field: str) -> Iterator[str]:
+def documents(path: Path, field: str) -> Iterator[str]:
+    """The texts of a local file. Raises CalibrationError."""
     if path.suffix == ".parquet":
         yield from _parquet(path, field)
     elif path.suffix == ".jsonl":
@@ -112,8 +114,24 @@ def _documents(path: Path, field: str) -> Iterator[str]:
                 yield stream.read()
             except UnicodeDecodeError as error:
                 raise _not_text(path, error) from None
+    elif path.suffix in (".csv", ".tsv"):
+        yield from _table(path, field)
     else:
-        raise CalibrationError(f"{path} is of no known kind: text comes from .txt, .jsonl or .parquet files.")
+        raise CalibrationError(
+            f"{path} is of no known kind: text comes from .txt, .jsonl, .parquet, .csv or .tsv files."
+        )
+
+
+def _table(path: Path, field: str) -> Iterator[str]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        # Tab-separated data sets (GLUE's) don't quote, and have single quotation marks in their text.
+        plain = path.suffix == ".tsv"
+        rows = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if plain else csv.DictReader(stream)
+        try:
+            for number, row in enumerate(rows, 2):
+                yield _value(row, field, f"{path} line {number}")
+        except UnicodeDecodeError as error:
+            raise _not_text(path, error) from None
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_PACKAGES = {"tests", "benchmarks", "docs", "tools", "build", "dist"}
-LIGHT = re.compile(r"(cli|recipes)/.*|compressors/(__init__|settings)\.py|compressors/\w+/(__init__|settings)\.py")
+LIGHT = re.compile(
+    r"(cli|recipes)/.*|compressors/(__init__|settings)\.py|compressors/\w+/(__init__|(\w+_)?settings)\.py"
+)
 LIGHT_FILES = {
     "checkpoints/__init__.py",
     "checkpoints/errors.py",

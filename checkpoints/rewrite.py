@@ -1,0 +1,96 @@
+"""A checkpoint made from another one by leaving out parts of its tensors, whole tensors, or by renaming them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from .blocks import find_structure, skeleton
+from .errors import CheckpointError
+from .headers import ITEM_SIZES, TensorInfo
+from .index import Checkpoint
+from .names import NameMap
+from .writer import CheckpointWriter
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What becomes of one tensor: of `source`, along each dimension these entries in this order (int64)."""
+
+    source: str
+    index: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(len(self.index[dim]) if dim in self.index else size for dim, size in enumerate(before))
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        for dim, index in self.index.items():
+            tensor = tensor.index_select(dim, index)
+        return tensor.contiguous()
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """config: of the result. parts: what is written together, by the part's name; cuts by the new tensor's name.
+
+    dropped: tensors that are left out, with the reason. Tensors that are named nowhere are copied. files: beside the
+    weights; left_out: the source's that the result has no use for. records: for the report, by module.
+    """
+
+    config: dict[str, Any]
+    parts: Mapping[str, Mapping[str, Cut]]
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
+    records: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def expected(rewrite: Rewrite, source: Checkpoint) -> Checkpoint:
+    """The checkpoint that will come out, from headers alone.
+
+    Files and offsets are still the source's, so its tensors can't be read: names, types, shapes and sizes are right.
+    """
+    cuts = {name: cut for part in rewrite.parts.values() for name, cut in part.items()}
+    gone = {*rewrite.dropped, *(cut.source for cut in cuts.values())}
+    tensors = {name: info for name, info in source.tensors.items() if name not in gone}
+    for name, cut in cuts.items():
+        tensors[name] = _cut_info(name, cut, source.tensors[cut.source])
+    return Checkpoint(folder=source.folder, config=rewrite.config, tensors=tensors, source=source.source)
+
+
+def opens(checkpoint: Checkpoint) -> str | None:
+    """None if config and tensors make a model; else why they don't."""
+    try:
+        model = skeleton(checkpoint)
+        find_structure(model, checkpoint, names=NameMap(model, checkpoint))
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def write(rewrite: Rewrite, source: Checkpoint, writer: CheckpointWriter) -> None:
+    """Write every part that isn't on disk yet, one part's tensors in memory at a time."""
+    for reason in sorted(set(rewrite.dropped.values())):
+        writer.drop((name for name, why in rewrite.dropped.items() if why == reason), reason)
+    for part, cuts in rewrite.parts.items():
+        if part in writer.done:
+            continue
+        made = {}
+        for name, cut in cuts.items():
+            made[name] = cut.apply(source.read([cut.source])[cut.source])
+        writer.write_part(part, made, replaces=[cut.source for cut in cuts.values()], record={"modules": {}})
+
+
+def _cut_info(name: str, cut: Cut, before: TensorInfo) -> TensorInfo:
+    shape = cut.shape(before.shape)
+    return replace(before, name=name, shape=shape, nbytes=math.prod(shape) * ITEM_SIZES[before.dtype])
+
+
+def with_number(config: Mapping[str, Any], aliases: Mapping[str, str], key: str, number: int) -> dict[str, Any]:
+    """A config with `key` set, under each name that the file has for it (`aliases`: other name -> name)."""
+    also = [alias for alias, name in aliases.items() if name == key and alias in config]
+    return {**config, **dict.fromkeys([key, *also], number)}

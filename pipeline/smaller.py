@@ -1,0 +1,29 @@
+"""A structural method as the engine sees it: what will go, what the checkpoint becomes, and how the choice is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.rewrite import Rewrite
+from modelzip.recipes.schema import Recipe
+
+from .context import Context
+from .text import Windows
+
+
+@dataclass(frozen=True)
+class StructuralMethod:
+    """first: the choice as far as headers and settings tell it; raises ProblemsError or CheckpointError.
+
+    build: what the checkpoint becomes by a choice; raises the same. choose: the choice by what the model does; None
+    where `first`'s is final. memory: bytes that all of it needs, beside the interpreter's. notes: for the plan.
+    """
+
+    first: Callable[[Any, Checkpoint], Any]
+    build: Callable[[Any, Checkpoint, Any], Rewrite]
+    choose: Callable[[Any, Checkpoint, Windows | None, Context], Any] | None
+    memory: Callable[[Any, Checkpoint, Recipe], int]
+    notes: Callable[[Any, Checkpoint, Any], tuple[str, ...]]
