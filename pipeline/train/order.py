@@ -49,3 +49,16 @@ class EpochOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = epoch_order(self._lengths, batch_size=self._batch_size, seed=self._seed, epoch=self.epoch)
         return iter(order.tolist())
+
+
+class LongestFirst(Sampler[int]):
+    """All examples by falling length, so that little is padded and memory peaks at the start."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order)
