@@ -102,17 +102,17 @@ def test_the_papers_start_is_twice_the_mean_over_the_root_of_qp():
 
 
 def test_training_finds_a_better_grid_than_rounding_to_nearest():
-    weight, x = _weight(8, 16), _weight(64, 16, seed=1)
+    weight, x = _weight(8, 16), _weight(64, 4, seed=1) @ _weight(4, 16, seed=2)  # correlated, as activations are
     start = _fitted(weight, bits=2)
     linear, truth = LsqLinear(weight, start), x @ weight.T
     optimizer = torch.optim.Adam(linear.parameters(), lr=0.01)
-    for _ in range(100):
+    for _ in range(200):
         optimizer.zero_grad()
         (linear(x) - truth).square().mean().backward()
         optimizer.step()
     before, after = (float((x @ part.dense().T - truth).norm() / truth.norm()) for part in (start, linear.freeze()))
-    assert before > 0.3
-    assert after < 0.8 * before
+    assert before > 0.3  # measured: 0.318
+    assert after < 0.6 * before  # measured: 0.145, 0.46 times as much
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
