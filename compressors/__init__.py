@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 from pydantic import Field
 
-from modelzip.compressors.distill.settings import DistillSettings, Labels
+from modelzip.compressors.distill.settings import DistillSettings, Labels, Logits
 from modelzip.compressors.factorize.settings import FactorizeSettings, Svd
 from modelzip.compressors.prune.settings import Magnitude
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
@@ -23,5 +23,5 @@ PruneMethod = Magnitude
 FACTORIZE: Final[Mapping[str, type[FactorizeSettings]]] = MappingProxyType({"svd": Svd})
 FactorizeMethod = Svd
 
-DISTILL: Final[Mapping[str, type[DistillSettings]]] = MappingProxyType({"labels": Labels})
-DistillMethod = Labels
+DISTILL: Final[Mapping[str, type[DistillSettings]]] = MappingProxyType({"labels": Labels, "logits": Logits})
+DistillMethod = Annotated[Labels | Logits, Field(discriminator="method")]

@@ -1,0 +1,300 @@
+"""Labelled examples: texts, or pairs of texts, with a class or a number each. Nothing is dropped without being said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from modelzip.checkpoints.errors import CalibrationError
+
+from .rows import read_table
+
+TEXTS: Final = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text", ""),
+    ("sentence", ""),
+    ("question", ""),
+)
+"""Columns that hold texts and their pairs where nobody named any."""
+
+LABELS: Final = ("label", "labels", "class", "score")
+NUMBERS: Final = "score"
+"""A column of this name holds numbers to be predicted, even where all of them are whole."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """pairs: each text's second text, None if there are none. labels: class ids, or numbers for a regression.
+
+    names: of the classes, in the order of their ids; empty for a regression.
+    """
+
+    texts: tuple[str, ...]
+    pairs: tuple[str, ...] | None
+    labels: tuple[int, ...] | tuple[float, ...]
+    names: tuple[str, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 over texts, pairs, labels and names."""
+        found = hashlib.sha256(json.dumps(self.names).encode())
+        for row in zip(self.texts, self.pairs or self.texts, self.labels, strict=True):
+            found.update(json.dumps(row).encode())
+        return found.hexdigest()
+
+    def split(self, count: int) -> tuple[Examples, Examples]:
+        """The first `count` examples, and those after them."""
+        return self._part(slice(count)), self._part(slice(count, None))
+
+    def _part(self, part: slice) -> Examples:
+        pairs = None if self.pairs is None else self.pairs[part]
+        return replace(self, texts=self.texts[part], pairs=pairs, labels=self.labels[part])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are used. pair: empty if there is none."""
+
+    text: str
+    pair: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """rows: int64 [batch], the places of the batch's examples among all. inputs: each [batch, length], padded."""
+
+    rows: Tensor
+    inputs: Mapping[str, Tensor]
+
+
+def read_examples(
+    source: str,
+    *,
+    split: str = "train",
+    text: str = "",
+    pair: str = "",
+    label: str = "",
+    names: Sequence[str] | None = None,
+    count: int | None = None,
+) -> Examples:
+    """The first `count` examples of a file or hub dataset; all without `count`.
+
+    text, pair, label: column names; empty ones are found by the names that are usual, and a `text` that is named
+    stands alone unless a `pair` is named too. names: the classes that a model knows, in the order of its ids; empty
+    for one that predicts a number; None takes them from the data: those that a dataset states, whole numbers as they
+    are, words in sorted order, other numbers as a regression. Raises CalibrationError that names the first line that
+    is wrong, or the columns that are there.
+    """
+    table = read_table(source, split=split)
+    columns = find_columns(table.columns, source, text=text, pair=pair, label=label)
+    texts: list[str] = []
+    pairs: list[str] = []
+    labels: list[Any] = []
+    places: list[str] = []
+    for where, row in table.rows:
+        texts.append(_text(row, columns.text, where))
+        if columns.pair:
+            pairs.append(_text(row, columns.pair, where))
+        labels.append(row.get(columns.label))
+        places.append(where)
+    if not texts:
+        raise CalibrationError(f"{source} holds no examples below its first line: give a file with some.")
+    found, classes = _labels(labels, places, columns.label, names=names, stated=table.classes.get(columns.label))
+    whole = Examples(tuple(texts), tuple(pairs) if columns.pair else None, found, classes, source)
+    return whole if count is None else whole.split(count)[0]
+
+
+def check_examples(source: str, *, split: str = "train", text: str = "", pair: str = "", label: str = "") -> None:
+    """Raise CalibrationError if the source is missing or empty, or lacks a column; reads its first row alone."""
+    table = read_table(source, split=split)
+    columns = find_columns(table.columns, source, text=text, pair=pair, label=label)
+    for where, row in table.rows:
+        _text(row, columns.text, where)
+        return
+
+
+def find_columns(names: Sequence[str], source: str, *, text: str = "", pair: str = "", label: str = "") -> Columns:
+    """Which columns hold texts, pairs and labels. Raises CalibrationError if one is missing or can't be told."""
+    there = ", ".join(names)
+    for option, named in (("text", text), ("pair", pair), ("label", label)):
+        if named and named not in names:
+            raise CalibrationError(f"{source} has no column {named!r}; it has {there}: name one by --{option}.")
+    if not text:
+        known = [(one, two) for one, two in TEXTS if one in names and (two in names or not two)]
+        if pair:
+            known = [(one, two) for one, two in known if two == pair] or [
+                (one, pair) for one, two in known if not two and one != pair
+            ]
+        else:  # a column that is part of a pair isn't also meant alone
+            paired = {name for couple in known if couple[1] for name in couple}
+            known = [(one, two) for one, two in known if two or one not in paired]
+        if len(known) != 1:
+            several = " and ".join("/".join(filter(None, couple)) for couple in known)
+            problem = f"may mean {several} as its text" if known else "has no column that is known to hold text"
+            raise CalibrationError(
+                f"{source} {problem}; it has {there}: name one by --text, a second text by --pair. Files need a first "
+                "line that names the columns."
+            )
+        text, pair = known[0]
+    if not label:
+        usual = [name for name in LABELS if name in names]
+        if len(usual) != 1:
+            problem = f"may mean {' and '.join(usual)}" if usual else "has no column that is known to hold labels"
+            raise CalibrationError(f"{source} {problem}; it has {there}: name one by --label.")
+        label = usual[0]
+    return Columns(text, pair, label)
+
+
+def encode(examples: Examples, tokenizer: Any, *, max_length: int) -> list[dict[str, list[int]]]:
+    """Each example's arguments of the model's forward, cut at `max_length` tokens, special tokens among them."""
+    second = [] if examples.pairs is None else [list(examples.pairs)]
+    made = tokenizer(list(examples.texts), *second, truncation=True, max_length=max_length, verbose=False)
+    return [{name: made[name][row] for name in made} for row in range(len(examples))]
+
+
+def count_cut(
+    examples: Examples, encoded: Sequence[Mapping[str, list[int]]], tokenizer: Any, *, max_length: int
+) -> int:
+    """How many examples `encode` had to cut at `max_length` tokens."""
+    full = [row for row, one in enumerate(encoded) if len(one["input_ids"]) >= max_length]
+    cut = 0
+    for row in full:
+        second = [] if examples.pairs is None else [examples.pairs[row]]
+        cut += len(tokenizer(examples.texts[row], *second, verbose=False)["input_ids"]) > max_length
+    return cut
+
+
+def batches_by_length(
+    encoded: Sequence[Mapping[str, Sequence[int]]], tokenizer: Any, *, batch_size: int
+) -> list[Batch]:
+    """Padded batches of examples of like length, the longest first, so that memory peaks at the start.
+
+    Without a padding token each example is a batch of its own.
+    """
+    if tokenizer.pad_token_id is None:
+        batch_size = 1
+    lengths = torch.tensor([len(one["input_ids"]) for one in encoded])
+    order = torch.sort(lengths, descending=True, stable=True).indices
+    return [
+        Batch(rows, _padded([encoded[row] for row in rows.tolist()], tokenizer)) for rows in order.split(batch_size)
+    ]
+
+
+def _padded(rows: Sequence[Mapping[str, Sequence[int]]], tokenizer: Any) -> dict[str, Tensor]:
+    """Each argument as int64 [rows, longest], filled on the tokenizer's padding side."""
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    longest = max(len(row["input_ids"]) for row in rows)
+    padded = {}
+    for name in rows[0]:
+        lines = []
+        for row in rows:
+            values, missing = list(row[name]), [fill.get(name, 0)] * (longest - len(row[name]))
+            lines.append(missing + values if tokenizer.padding_side == "left" else values + missing)
+        padded[name] = torch.tensor(lines, dtype=torch.int64)
+    return padded
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    value = row.get(column)
+    if isinstance(value, str):
+        return value
+    if column in row:
+        raise CalibrationError(f"{where}: the column {column!r} holds {type(value).__name__}, not text.")
+    raise CalibrationError(f"{where} has no {column!r}; it has {', '.join(row)}: every row needs the same columns.")
+
+
+def _labels(
+    values: list[Any],
+    places: list[str],
+    column: str,
+    *,
+    names: Sequence[str] | None,
+    stated: tuple[str, ...] | None,
+) -> tuple[tuple[int, ...] | tuple[float, ...], tuple[str, ...]]:
+    """Class ids and names, or numbers and no names. stated: names that the source gives the whole numbers in it."""
+    for value, where in zip(values, places, strict=True):
+        if value is None or value == "" or not isinstance(value, str | int | float):
+            raise CalibrationError(f"{where} has no label in the column {column!r}: each example needs one.")
+    numbers = _numbers(values)
+    whole = numbers is not None and all(number.is_integer() for number in numbers) and not _has_floats(values)
+    if names is None and stated is None and numbers is not None and (not whole or column == NUMBERS):
+        names = ()
+    if names is not None and not names:
+        if numbers is None:
+            wrong = next(place for place, value in zip(places, values, strict=True) if _number(value) is None)
+            raise CalibrationError(
+                f"{wrong}: the label in the column {column!r} is no number, which is what is learnt."
+            )
+        return tuple(numbers), ()
+    if (
+        stated is not None and whole and numbers is not None
+    ):  # a dataset's ids may stand in another order than the model's
+        values = [stated[int(one)] if 0 <= one < len(stated) else str(int(one)) for one in numbers]
+        if names is None:
+            names = stated
+        elif {one.casefold() for one in names} != {one.casefold() for one in stated}:
+            values = [str(int(one)) for one in numbers]
+    if names is None:
+        names = _classes(values, numbers if whole else None)
+    return _ids(values, places, column, names), tuple(names)
+
+
+def _ids(values: Sequence[Any], places: Sequence[str], column: str, names: Sequence[str]) -> tuple[int, ...]:
+    """The class of each label: its name's place, or, where labels aren't names, the whole number that it is."""
+    ids = {name.casefold(): place for place, name in enumerate(names)}
+    are_names = all(str(value).casefold() in ids for value in set(map(str, values)))
+    found = []
+    for value, where in zip(values, places, strict=True):
+        number = _number(value)
+        if are_names:
+            found.append(ids[str(value).casefold()])
+        elif number is not None and number.is_integer() and 0 <= number < len(names):
+            found.append(int(number))
+        elif str(value).casefold() in ids:
+            found.append(ids[str(value).casefold()])
+        else:
+            raise CalibrationError(
+                f"{where}: the label {value!r} in the column {column!r} is none of the {len(names)} classes "
+                f"{', '.join(names)}, nor the number of one."
+            )
+    return tuple(found)
+
+
+def _classes(values: Sequence[Any], whole: Sequence[float] | None) -> tuple[str, ...]:
+    if whole is not None and min(whole) >= 0:
+        return tuple(str(one) for one in range(int(max(whole)) + 1))
+    return tuple(sorted({str(value) for value in values}))
+
+
+def _number(value: Any) -> float | None:
+    """The number that a label is or spells, None for words, nan and infinity among them."""
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _numbers(values: Sequence[Any]) -> list[float] | None:
+    found = [_number(value) for value in values]
+    return None if None in found else [number for number in found if number is not None]
+
+
+def _has_floats(values: Sequence[Any]) -> bool:
+    return any("." in value if isinstance(value, str) else isinstance(value, float) for value in values)
