@@ -83,7 +83,8 @@ def read_data(
 def _read_texts(source: str, split: str, *, text: str, pair: str) -> Examples:
     table = read_table(source, split=split)
     columns = find_columns(table.columns, source, text=text, pair=pair, label=table.columns[0])
-    texts, pairs = [], []
+    texts: list[str] = []
+    pairs: list[str] = []
     for where, row in table.rows:
         for column, found in ((columns.text, texts), (columns.pair, pairs)):
             if column:

@@ -101,9 +101,7 @@ class Lesson(nn.Module):
             asked["output_attentions"] = True
         return asked
 
-    def _loss(
-        self, logits: Tensor, targets: Tensor | None, heard: Any, tokens: Tensor, kept: Tensor | None
-    ) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor | None, heard: Any, tokens: Tensor, kept: Tensor | None) -> Tensor:
         """[batch, items]"""
         one = self.objective
         hard = None if targets is None else _hard(logits, targets, one.predicts)

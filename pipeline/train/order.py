@@ -29,8 +29,8 @@ def epoch_order(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: in
     generator = seeded(seed, epoch)
     shuffled = torch.randperm(len(lengths), generator=generator)
     length = torch.tensor(lengths)
-    pools = [pool[torch.sort(length[pool], stable=True).indices] for pool in shuffled.split(POOL * batch_size)]
-    batches = list(torch.cat(pools).split(batch_size))
+    pools = [pool[torch.sort(length[pool], stable=True).indices] for pool in torch.split(shuffled, POOL * batch_size)]
+    batches = list(torch.split(torch.cat(pools), batch_size))
     full = len(lengths) // batch_size
     drawn = torch.randperm(full, generator=generator).tolist()
     return torch.cat([*(batches[place] for place in drawn), *batches[full:]])

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError, ProblemsError
@@ -33,6 +33,9 @@ from .student import (
 
 T = TypeVar("T")
 
+LENGTH: Final = 128
+"""Tokens of a text or window where nobody said."""
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingPlan:
@@ -50,6 +53,7 @@ class TrainingPlan:
     data: Data
     validation: Data | None
     frozen: tuple[str, ...]
+    max_length: int
     bytes_before: int
     bytes_after: int
     memory_bytes: int
@@ -123,6 +127,7 @@ def plan_training(
     assert objective is not None
     assert data is not None
     result = student.checkpoint()
+    length = settings.max_length or min(LENGTH, longest(skeleton(_shell(student))))
     return TrainingPlan(
         source=source.source,
         output=output,
@@ -133,9 +138,10 @@ def plan_training(
         data=data,
         validation=validation,
         frozen=stage.ignore,
+        max_length=length,
         bytes_before=source.nbytes,
         bytes_after=result.nbytes,
-        memory_bytes=_memory(settings, student, result, teacher),
+        memory_bytes=_memory(settings, student, result, teacher, length=length),
         disk_bytes=result.nbytes + 2 * 12 * parameters_of(result),
         notes=tuple(_notes(settings, student, teacher, data)),
         result=result,
@@ -150,7 +156,7 @@ def _check_stage(stage: Stage, source: Checkpoint, problems: _Problems) -> None:
         problems.add("no data is named: give data, a file with labelled texts or plain text, or a hub dataset.")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         problems.add("tensorboard needs the package of that name: install it, or leave tensorboard out.")
-    if source.quantization is not None and getattr(settings, "student", None) is None:
+    if source.quantization is not None and not _is_new(settings):
         problems.add(
             f"{source.source} is {source.quantization.get('quant_method')}-compressed, and such weights can't be "
             "trained: train before compressing."
@@ -171,9 +177,12 @@ def _teacher(settings: DistillSettings, recipe: Recipe, problems: _Problems) -> 
 
 def _origin(settings: DistillSettings, source: Checkpoint, teacher: Checkpoint | None) -> Checkpoint | None:
     """Where the student's weights come from."""
-    if isinstance(settings, Logits) and (settings.layers is not None or settings.student_config is not None):
-        return teacher
-    return source
+    return teacher if _is_new(settings) else source
+
+
+def _is_new(settings: DistillSettings) -> bool:
+    """Whether the student is made from the teacher, not what came in."""
+    return isinstance(settings, Logits) and (settings.layers is not None or settings.student_config is not None)
 
 
 def _data(
@@ -204,7 +213,7 @@ def _data(
         found.append(problems.tried(read))
     first, second = found
     if first is not None and second is not None and (first.examples is None) != (second.examples is None):
-        problems.add(f"{first.source} and {second.source} aren't of one kind: one holds labelled texts, one plain text.")
+        problems.add(f"{first.source} and {second.source} aren't alike: one holds labelled texts, one plain text.")
     if second is not None and settings.kept == "accuracy" and not second.is_labelled:
         problems.add(f"keep: accuracy needs labels, which {second.source} hasn't got; take keep: loss.")
     return first, second
@@ -327,12 +336,10 @@ def _predicts(model: Any) -> Predicts | None:
     return "masked-token" if type(model).__name__.endswith("ForMaskedLM") else None
 
 
-def _check_tokens(
-    settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: _Problems
-) -> None:
+def _check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: _Problems) -> None:
     """One tokenizer for both models, with what the task needs, and texts no longer than the model takes."""
     model = skeleton(_shell(student))
-    if settings.max_length > (limit := longest(model)):
+    if settings.max_length is not None and settings.max_length > (limit := longest(model)):
         problems.add(f"max_length is {settings.max_length}, but the model takes at most {limit} tokens.")
     tokenizer = problems.tried(lambda: tokenizer_of(student.origin))
     if tokenizer is None:
@@ -362,15 +369,17 @@ def _check_tokens(
         )
 
 
-def _memory(settings: DistillSettings, student: Student, result: Checkpoint, teacher: Checkpoint | None) -> int:
+def _memory(
+    settings: DistillSettings, student: Student, result: Checkpoint, teacher: Checkpoint | None, *, length: int
+) -> int:
     """Bytes: weights, gradients and two moments in fp32, the teacher, and activations of one batch."""
     config = skeleton(_shell(student)).config.get_text_config()
-    tokens = settings.train_batch_size * settings.max_length
-    wide = 18 * config.hidden_size + 3 * config.num_attention_heads * settings.max_length
+    tokens = settings.train_batch_size * length
+    wide = 18 * config.hidden_size + 3 * config.num_attention_heads * length
     activations = 4 * tokens * wide * config.num_hidden_layers
     if not is_classifier(student.config):
         activations += 12 * tokens * config.vocab_size * (1 if teacher is None else 2)
-    return BASE_BYTES + 16 * parameters_of(result) + 4 * (parameters_of(teacher) if teacher else 0) + activations
+    return int(BASE_BYTES + 16 * parameters_of(result) + 4 * (parameters_of(teacher) if teacher else 0) + activations)
 
 
 def _notes(settings: DistillSettings, student: Student, teacher: Checkpoint | None, data: Data) -> list[str]:

@@ -68,7 +68,8 @@ def curve_of(state: TrainerState) -> list[dict[str, Any]]:
             if key in ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
         }
         if kept:
-            rows.setdefault(entry["step"], {"step": entry["step"], "epoch": entry["epoch"]}).update(kept)
+            step = int(entry["step"])
+            rows.setdefault(step, {"step": step, "epoch": entry["epoch"]}).update(kept)
     return [rows[step] for step in sorted(rows)]
 
 
@@ -135,7 +136,7 @@ class Rhythm(TrainerCallback):
         ranks.wait()
         if not args.should_save:
             return
-        folder = checkpoint_at(Path(args.output_dir), state.global_step)
+        folder = checkpoint_at(Path(str(args.output_dir)), state.global_step)
         with disk_errors(folder):
             for file in folder.rglob("*"):
                 if file.is_file():
@@ -148,7 +149,7 @@ class Rhythm(TrainerCallback):
             sync_folder(folder.parent)
             best = best_row(curve_of(state), self._beat.keep) if self._beat.keep != "last" else None
             kept = {state.global_step, *([best["step"]] if best else [])}
-            for other in Path(args.output_dir).glob("checkpoint-*"):
+            for other in Path(str(args.output_dir)).glob("checkpoint-*"):
                 if _step(other) not in kept:
                     shutil.rmtree(other)
 

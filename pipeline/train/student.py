@@ -71,8 +71,9 @@ def with_classes(checkpoint: Checkpoint, names: Sequence[str], padding: int | No
 
     padding: the token that fills short texts. Raises CheckpointError if transformers has no classifier of this kind.
     """
-    config_class = type(skeleton(checkpoint).config)
-    if config_class not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    config_class: Any = type(skeleton(checkpoint).config)
+    mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if config_class not in mapping:
         raise CheckpointError(
             f"{checkpoint.source} is a {checkpoint.config.get('model_type')} model, for which transformers "
             f"{transformers.__version__} has no classifier: take task: language-modelling, or another model."
@@ -80,7 +81,7 @@ def with_classes(checkpoint: Checkpoint, names: Sequence[str], padding: int | No
     shown = list(names) or ["LABEL_0"]
     config = {
         **checkpoint.config,
-        "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[config_class].__name__],
+        "architectures": [mapping[config_class].__name__],
         "id2label": {str(place): name for place, name in enumerate(shown)},
         "label2id": {name: place for place, name in enumerate(shown)},
         "problem_type": "single_label_classification" if names else "regression",
@@ -129,8 +130,8 @@ def open_student(student: Student, *, seed: int, attention: str | None = None) -
         if student.start == "whole":
             made = _pretrained(type(model), student.origin, model.config, attention, has_new_head=student.has_new_head)
         else:
-            model.config.torch_dtype = None
-            made = type(model)._from_config(model.config, dtype=torch.float32, attn_implementation=attention)
+            model_class: Any = type(model)
+            made = model_class._from_config(model.config, dtype=torch.float32, attn_implementation=attention)
             if student.start != "random":
                 _fill(made, student)
     made.requires_grad_(True)
@@ -145,9 +146,7 @@ def open_whole(checkpoint: Checkpoint, *, attention: str | None = None) -> Any:
     return found.requires_grad_(False).eval()
 
 
-def _pretrained(
-    model_class: Any, origin: Checkpoint, config: Any, attention: str | None, *, has_new_head: bool
-) -> Any:
+def _pretrained(model_class: Any, origin: Checkpoint, config: Any, attention: str | None, *, has_new_head: bool) -> Any:
     model, info = model_class.from_pretrained(
         origin.folder,
         config=config,
@@ -204,7 +203,8 @@ def stored(model: Any, *, dtype: torch.dtype, state: Mapping[str, Tensor] | None
     vars(model).pop("_weight_conversions", None)  # named as for a model made from scratch, whatever the input's names
     found = revert_weight_conversion(model, kept)
     return {
-        name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in found.items()
+        name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in found.items()
     }
 
 

@@ -48,7 +48,7 @@ class Learned:
     stopped_early: bool
 
 
-class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers' Trainer isn't typed
+class LessonTrainer(Trainer):
     """A Trainer whose model is a Lesson.
 
     The loss of a step is the mean over all items of its batches, whatever their number and wherever they are: two
@@ -67,19 +67,24 @@ class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers' Trainer isn
             compute_loss_func=_already_scaled,
         )
         self.remove_callback(PrinterCallback)
+        self._lesson, self._material, self._measured = lesson, material, measured
+        if lesson.teacher is not None:  # it is no submodule, so it doesn't move with the lesson
+            lesson.teacher.to(self.args.device)
 
     def get_train_dataloader(self) -> Any:
         """Batches of the material, in the order of the epoch."""
-        return self._loader(self.train_dataset, self.order)
+        return self._loader(self._material, self.order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of what is measured on, those of like length together."""
-        material = self.eval_dataset if eval_dataset is None else eval_dataset
+        material = self._measured if eval_dataset is None else eval_dataset
+        assert material is not None
         return self._loader(material, LongestFirst(material.lengths))
 
     def _loader(self, material: Material, sampler: torch.utils.data.Sampler[int]) -> Any:
         size = self.args.per_device_train_batch_size
-        loader = torch.utils.data.DataLoader(material, batch_size=size, sampler=sampler, collate_fn=material.batch)  # type: ignore[arg-type]
+        places: Any = material
+        loader: Any = torch.utils.data.DataLoader(places, batch_size=size, sampler=sampler, collate_fn=material.batch)
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(
@@ -97,7 +102,7 @@ class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers' Trainer isn
 
     def _items(self, batch: dict[str, Tensor]) -> int:
         """What `Lesson` will count in this batch."""
-        predicts = self.accelerator.unwrap_model(self.model).objective.predicts
+        predicts = self._lesson.objective.predicts
         if predicts == "masked-token":
             return int((batch["labels"] >= 0).sum())
         if predicts == "next-token":
@@ -109,9 +114,9 @@ class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers' Trainer isn
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        """This batch's share of the mean over the step's items, times the processes, over which gradients are averaged."""
+        """This batch's share of the mean over the step's items, times the processes, which average gradients."""
         found = model(**inputs)
         items = found["items"].sum() if num_items_in_batch is None else num_items_in_batch
         loss = found["loss"].sum() * self.accelerator.num_processes / items.clamp(min=1)
@@ -147,9 +152,9 @@ class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers' Trainer isn
         """The lesson's own tensors under their own names, tied ones once: nothing is renamed on the way."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        whole = self.model.state_dict() if state_dict is None else state_dict
+        whole: dict[str, Tensor] = self._lesson.state_dict() if state_dict is None else state_dict
         twins = _twins(whole)
         save_file({name: whole[name].contiguous() for name in set(twins.values())}, folder / WEIGHTS)
 
