@@ -70,15 +70,17 @@ class Journal:
             journal.parts[part.part] = part
         return journal
 
-    def discard_broken(self) -> None:
-        """Forget the parts whose files aren't intact, and remove every file that belongs to no part."""
+    def discard_broken(self, *, spared: str | None = None) -> None:
+        """Forget the parts whose files aren't intact, and remove everything that belongs to no part, but the folder
+        `spared`."""
         self.parts = {name: part for name, part in self.parts.items() if part.is_intact(self.folder)}
         self.rewrite()
         kept = {NAME, *(part.file for part in self.parts.values())}
         with disk_errors(self.folder):
             for entry in self.folder.iterdir():
                 if entry.is_dir():
-                    shutil.rmtree(entry)
+                    if entry.name != spared:
+                        shutil.rmtree(entry)
                 elif entry.name not in kept:
                     entry.unlink()
 

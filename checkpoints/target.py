@@ -6,16 +6,30 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import Final
 
 from .errors import OutputError
 from .index import CONFIG, Checkpoint
 from .journal import NAME as JOURNAL
 from .shards import disk_errors
 
+WORKSPACE: Final = ".work"
+
 
 def partial_of(target: Path) -> Path:
     """The hidden folder in which a run for `target` works. What it puts there is swept away by the next run."""
     return sibling(Path(os.path.abspath(target)), "partial")
+
+
+def workspace_of(target: Path) -> Path:
+    """The folder in the hidden one for what a resumed run finds again: it is there until the output is finished."""
+    return partial_of(target) / WORKSPACE
+
+
+def has_work(partial: Path) -> bool:
+    """Whether a run left something in its workspace."""
+    folder = partial / WORKSPACE
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def check_target(target: Path, *, overwrite: bool, resume: bool = False, has_partial: bool = False) -> None:

@@ -25,7 +25,17 @@ from .index import CONFIG, INDEX, SINGLE, Checkpoint, read_tensors
 from .journal import NAME as JOURNAL
 from .journal import Journal, Part
 from .shards import Entry, copy_file, disk_errors, natural_key, sync_folder, write_file, write_shard
-from .target import check_apart, check_target, lock, make_parent, partial_of, sibling, undo_half_replacement
+from .target import (
+    WORKSPACE,
+    check_apart,
+    check_target,
+    has_work,
+    lock,
+    make_parent,
+    partial_of,
+    sibling,
+    undo_half_replacement,
+)
 
 SHARD_LIMIT: Final = 1 << 30  # bytes in a shard of copied tensors
 
@@ -111,6 +121,8 @@ class CheckpointWriter:
             write_file(self._folder / INDEX, _json({"metadata": {"total_size": total}, "weight_map": index}))
         self._journal.finishing(renamed)
         with disk_errors(self._folder):
+            if (self._folder / WORKSPACE).is_dir():
+                shutil.rmtree(self._folder / WORKSPACE)
             for old, new in renamed.items():
                 (self._folder / old).rename(self._folder / new)
             for folder in (*(path for path in self._folder.rglob("*") if path.is_dir()), self._folder):
@@ -119,10 +131,10 @@ class CheckpointWriter:
         return self._target
 
     def close(self) -> None:
-        """Free the lock. Parts stay for a run with resume; a folder without any is removed."""
+        """Free the lock. Parts and a workspace stay for a run with resume; a folder without either is removed."""
         if self._lock < 0:
             return
-        if not self._journal.parts and self._folder.exists():
+        if not self._journal.parts and self._folder.exists() and not has_work(self._folder):
             shutil.rmtree(self._folder)
         os.close(self._lock)
         self._lock = -1
@@ -220,9 +232,9 @@ def _final_names(shards: list[str]) -> dict[str, str]:
 def _start(partial: Path, target: Path, *, fingerprint: str, overwrite: bool, resume: bool) -> Journal:
     """The journal to go on with: the interrupted run's, or a new one in an emptied folder."""
     journal = Journal.load(partial)
-    if journal is not None and journal.parts:
+    if journal is not None and (journal.parts or has_work(partial)):
         if resume and journal.fingerprint == fingerprint:
-            journal.discard_broken()
+            journal.discard_broken(spared=WORKSPACE)
             return journal
         if resume and not overwrite:
             raise OutputError(
@@ -230,8 +242,9 @@ def _start(partial: Path, target: Path, *, fingerprint: str, overwrite: bool, re
                 "give --overwrite to start again, or name another output."
             )
         if not overwrite:
+            done = f"has {len(journal.parts)} parts done" if journal.parts else "was in the middle of its work"
             raise OutputError(
-                f"An interrupted run for {target} has {len(journal.parts)} parts done; "
+                f"An interrupted run for {target} {done}; "
                 "give --resume to go on with it, or --overwrite to start again."
             )
     fresh = Journal(partial, fingerprint)

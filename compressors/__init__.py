@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 from pydantic import Field
 
-from modelzip.compressors.distill.settings import DistillSettings, Labels
+from modelzip.compressors.distill.settings import DistillSettings, Labels, Logits
 from modelzip.compressors.factorize.settings import Embedding, Kronecker, Share, Svd, SvdLlm, TensorTrain
 from modelzip.compressors.prune.settings import Magnitude
 from modelzip.compressors.prune.structural_settings import Heads, Layers, Neurons, Vocabulary
@@ -35,5 +35,5 @@ FACTORIZE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType(
 )
 FactorizeMethod = Annotated[Svd | SvdLlm | Kronecker | TensorTrain | Share | Embedding, Field(discriminator="method")]
 
-DISTILL: Final[Mapping[str, type[DistillSettings]]] = MappingProxyType({"labels": Labels})
-DistillMethod = Labels
+DISTILL: Final[Mapping[str, type[DistillSettings]]] = MappingProxyType({"labels": Labels, "logits": Logits})
+DistillMethod = Annotated[Labels | Logits, Field(discriminator="method")]
