@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,8 +15,10 @@ from modelzip.recipes.schema import Recipe
 
 from .classify import by_labels
 from .clock import Clock
-from .plans import Plan
 from .progress import Progress
+
+if TYPE_CHECKING:  # the engines, on whose plans these are, take a Context
+    from .plans import Plan
 
 
 @dataclass(frozen=True)

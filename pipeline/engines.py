@@ -10,14 +10,24 @@ from modelzip.checkpoints.index import Checkpoint
 
 from .context import Context
 from .layer_plan import LayerPlan
-from .layer_stage import run_layers
+from .layer_stage import layer_fingerprint, run_layers
 from .plans import Plan
+from .structural import StructuralPlan, run_structural, structural_fingerprint
 from .text import Windows
+from .train.plan import TrainingPlan
+from .training import run_training, training_fingerprint
 
 
 def stage_fingerprint(context: Context, plan: Plan) -> str:
-    """What a resumed stage must share with the interrupted one. The layout may depend on the machine's libraries."""
-    return context.fingerprint + (plan.layout if isinstance(plan, LayerPlan) else plan.kind)
+    """What a resumed stage must share with the interrupted one."""
+    match plan:
+        case LayerPlan():
+            return layer_fingerprint(context, plan)
+        case StructuralPlan():
+            return structural_fingerprint(context, plan)
+        case TrainingPlan():
+            return training_fingerprint(context, plan)
+    raise AssertionError(f"a plan of no engine: {plan}")
 
 
 def run_stage(
@@ -31,20 +41,16 @@ def run_stage(
     resume: bool,
     context: Context,
 ) -> dict[str, Any]:
-    """Run one stage and publish its result at `target`; returns what it recorded, by module or by subject.
+    """Run one stage and publish its result at `target`; returns what it recorded.
 
-    describe: makes modelzip.json from the records. Raises what the writer and the engines raise.
+    describe: makes modelzip.json from the record. Raises what the writer and the engines raise.
     """
-    fingerprint = stage_fingerprint(context, plan)
-    assert isinstance(plan, LayerPlan)
-    return run_layers(
-        plan,
-        source,
-        target=target,
-        fingerprint=fingerprint,
-        windows=windows,
-        describe=describe,
-        overwrite=overwrite,
-        resume=resume,
-        context=context,
-    )
+    common: dict[str, Any] = {"target": target, "describe": describe, "overwrite": overwrite, "resume": resume}
+    match plan:
+        case LayerPlan():
+            return run_layers(plan, source, windows=windows, context=context, **common)
+        case StructuralPlan():
+            return run_structural(plan, source, windows=windows, context=context, **common)
+        case TrainingPlan():
+            return run_training(plan, source, context=context, **common)
+    raise AssertionError(f"a plan of no engine: {plan}")

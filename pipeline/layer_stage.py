@@ -28,12 +28,16 @@ HIDDEN_SHARE = 0.4
 """Share of the free memory that waiting batches may hold before they spill to disk."""
 
 
+def layer_fingerprint(context: Context, plan: LayerPlan) -> str:
+    """What a resumed stage must share with the interrupted one. The layout may depend on the machine's libraries."""
+    return context.fingerprint + plan.layout
+
+
 def run_layers(
     plan: LayerPlan,
     source: Checkpoint,
     *,
     target: Path,
-    fingerprint: str,
     windows: Windows | None,
     describe: Callable[[dict[str, Any]], bytes],
     overwrite: bool,
@@ -44,6 +48,7 @@ def run_layers(
 
     describe: makes modelzip.json from the records. Gradients must be off. Raises what the writer and the engine raise.
     """
+    fingerprint = layer_fingerprint(context, plan)
     with CheckpointWriter.open(
         target, source=source, fingerprint=fingerprint, overwrite=overwrite, resume=resume
     ) as writer:

@@ -7,8 +7,8 @@ of tensors, as they will be.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from modelzip.checkpoints.errors import ProblemsError
@@ -18,6 +18,8 @@ from modelzip.recipes.schema import Recipe, Stage
 
 from .layer_plan import plan_layers
 from .request import Request
+from .structural import plan_structural
+from .train.plan import plan_training
 
 
 class Plan(Protocol):
@@ -54,7 +56,30 @@ class Plan(Protocol):
         """Plain data, as `--dry-run --json` prints it."""
 
 
-PLANNERS: Final[Mapping[Engine, Callable[[Request], Plan]]] = {"layerwise": plan_layers}
+def _structural(request: Request) -> Plan:
+    plan = plan_structural(
+        request.stage,
+        request.checkpoint,
+        recipe=request.recipe,
+        output=request.output,
+        where=request.where,
+        problems=request.problems,
+        later=request.number > 0,
+    )
+    if plan is None:
+        raise ProblemsError(())
+    return plan
+
+
+def _training(request: Request) -> Plan:
+    return plan_training(
+        request.stage, request.checkpoint, recipe=request.recipe, output=request.output, where=request.where
+    )
+
+
+PLANNERS: Final[Mapping[Engine, Callable[[Request], Plan]]] = MappingProxyType(
+    {"layerwise": plan_layers, "structural": _structural, "training": _training}
+)
 
 
 def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan]:

@@ -56,6 +56,10 @@ class StructuralPlan:
         """Name of the method."""
         return self.settings.method
 
+    def rows(self) -> list[tuple[str, str, str, int, int, str]]:
+        """One for the whole model: name, method, form, bytes before and after, note."""
+        return [("the whole model", self.settings.label, "", self.bytes_before, self.bytes_after, "")]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as `--dry-run --json` prints it."""
         keys = ("source", "kind", "method", "bytes_before", "bytes_after", "memory_bytes", "disk_bytes", "needs_data")

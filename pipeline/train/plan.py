@@ -44,6 +44,7 @@ class TrainingPlan:
     frozen: patterns of modules that aren't trained. result: what will be written, as far as headers go.
     """
 
+    kind: str
     source: str
     output: Path
     settings: DistillSettings
@@ -61,6 +62,10 @@ class TrainingPlan:
     notes: tuple[str, ...]
     result: Checkpoint
     needs_data: bool = False
+
+    def rows(self) -> list[tuple[str, str, str, int, int, str]]:
+        """One for the whole model: name, method, form, bytes before and after, note."""
+        return [("the whole model", self.settings.label, "", self.bytes_before, self.bytes_after, "")]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as `--dry-run --json` prints it."""
@@ -129,6 +134,7 @@ def plan_training(
     result = student.checkpoint()
     length = settings.max_length or min(LENGTH, longest(skeleton(_shell(student))))
     return TrainingPlan(
+        kind=stage.kind,
         source=source.source,
         output=output,
         settings=settings,
