@@ -11,6 +11,7 @@ too many: 420 for [576, 1536].
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Final
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from modelzip.compressors.layer import UnsuitableError
 
 from .settings import Kronecker
-from .spectrum import affordable_rank, chosen_rank, spectrum, squared_singular_values
+from .spectrum import affordable_rank, chosen_rank, rank_for_ratio, spectrum, squared_singular_values
 
 TRIED: Final = 32
 """Shapes whose loss is computed. For [576, 1536] that takes 0.4 s on one thread."""
@@ -55,40 +56,48 @@ def sides(shape: tuple[int, int], first: tuple[int, int]) -> tuple[int, int]:
 def shapes(shape: tuple[int, int], settings: Kronecker) -> list[tuple[int, int]]:
     """The shapes (m1, n1) of the first factor to try for a matrix [out, in], the most promising first.
 
-    Raises UnsuitableError if the settings name one that doesn't divide the matrix, or if all cost too much.
+    Where a ratio is too small for a term of any shape, the cheapest shape. Raises UnsuitableError if the settings name
+    one that doesn't divide the matrix, or if all cost as much as the matrix.
     """
     named = settings.first_factor
     if named is not None:
         if shape[0] % named[0] or shape[1] % named[1]:
             raise UnsuitableError(f"shape {settings.shape} doesn't divide its {shape[0]} rows and {shape[1]} columns")
         return [named]
-    found = [
-        (promise, first)
-        for first in ((rows, columns) for rows in _divisors(shape[0]) for columns in _divisors(shape[1]))
-        if (promise := _promise(sides(shape, first), settings)) is not None
-    ]
-    if not found:
+    every = product(_divisors(shape[0]), _divisors(shape[1]))
+    size_of = {first: size for first in every if affordable_rank(size := sides(shape, first)) > 0}
+    if not size_of:
         raise UnsuitableError(f"no Kronecker factors of its {shape[0]} rows and {shape[1]} columns cost less than it")
-    return [first for _, first in sorted(found)[:TRIED]]
+    small = [first for first, size in size_of.items() if _cost(size, settings) <= _limit(shape, settings)]
+    if not small:
+        return [min(size_of, key=lambda first: sum(size_of[first]))]
+    return sorted(small, key=lambda first: _worst_case(size_of[first], settings))[:TRIED]
 
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _promise(size: tuple[int, int], settings: Kronecker) -> tuple[float, int] | None:
-    """The order of shapes: the worst case of what counts, then the longer side; None if it costs too much."""
-    shorter = min(size)
-    if settings.energy is not None:
-        rank = max(1, round(settings.energy * shorter))
-        worst = float(rank * sum(size))
-    elif settings.rank is not None:
-        rank = settings.rank
-        worst = float(sum(size))
-    else:
-        rank = chosen_rank(settings, size)
-        worst = 1 - rank / shorter
-    return (worst, max(size)) if rank <= min(shorter, affordable_rank(size)) else None
+def _share(settings: Kronecker) -> float:
+    """Of the matrix's parameters: what the factors may have; where the settings leave that open, half."""
+    return 0.5 if settings.ratio is None else settings.ratio
+
+
+def _limit(shape: tuple[int, int], settings: Kronecker) -> float:
+    dense = shape[0] * shape[1]
+    return dense - 1 if settings.ratio is None else settings.ratio * dense
+
+
+def _cost(size: tuple[int, int], settings: Kronecker) -> int:
+    """Parameters of the fewest terms that the settings can ask for."""
+    return (settings.rank or 1) * sum(size)
+
+
+def _worst_case(size: tuple[int, int], settings: Kronecker) -> tuple[float, int]:
+    """The order of shapes: the share lost of a flat spectrum, or the cost of a term; then the longer side."""
+    if settings.rank is not None:
+        return sum(size), max(size)
+    return 1 - rank_for_ratio(_share(settings), size) / min(size), max(size)
 
 
 def _best_shape(weight: Tensor, tried: list[tuple[int, int]], settings: Kronecker) -> tuple[int, int]:

@@ -25,10 +25,11 @@ def runs(layers: int, groups: int) -> tuple[range, ...]:
 
 def average(weights: Iterable[Tensor]) -> Tensor:
     """The mean of one or more tensors of one shape, fp32."""
-    count = 0
-    for weight in weights:
+    each = iter(weights)
+    total, count = next(each).to(torch.float64, copy=True), 1
+    for weight in each:
+        total += weight
         count += 1
-        total = weight.double() if count == 1 else total + weight.double()
     return (total / count).float()
 
 
@@ -39,19 +40,22 @@ def least_squares(layers: Iterable[tuple[Tensor, Tensor]], *, damping: float) ->
     layers' mean and λ the damping times the mean diagonal of Σ H_l: in directions that no input has, W is the mean.
     The solution is W = W̄ + (Σ (W_l − W̄) H_l) (Σ H_l + λI)⁻¹. Layers are taken one at a time. Raises UnsuitableError.
     """
-    count = 0
-    for weight, hessian in layers:
+    each = iter(layers)
+    weights, hessians = (tensor.to(torch.float64, copy=True) for tensor in next(each))
+    products, count = weights @ hessians, 1
+    for weight, hessian in each:
+        weights += weight
+        hessians += hessian
+        products += weight.double() @ hessian.double()
         count += 1
-        terms = (weight.double(), hessian.double(), weight.double() @ hessian.double())
-        sums = terms if count == 1 else tuple(total + term for total, term in zip(sums, terms, strict=True))
-    weights, hessians, products = sums
     if not torch.isfinite(hessians).all():
         raise UnsuitableError("the Hessian isn't finite: an activation overflowed")
     mean = weights / count
     differences = products - mean @ hessians
     level = float(hessians.diagonal().mean())
-    damped = hessians + (damping * level if level > 0 else 1.0) * torch.eye(len(hessians)).to(hessians)
-    factor, info = torch.linalg.cholesky_ex(damped)
+    hessians.diagonal().add_(damping * level if level > 0 else 1.0)
+    factor, info = torch.linalg.cholesky_ex(hessians)
     if int(info) != 0:
         raise UnsuitableError(f"the sum of the layers' Hessians isn't positive definite with damping {damping:g}")
-    return (mean + torch.cholesky_solve(differences.T, factor).T).float()
+    change: Tensor = torch.cholesky_solve(differences.T, factor).T
+    return (mean + change).float()

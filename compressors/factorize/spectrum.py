@@ -43,12 +43,14 @@ class Spectrum:
 
     def left_vectors(self, rank: int) -> Tensor:
         """U_r [m, rank], its columns orthonormal but where σ is rounding noise."""
-        return self.vectors[:, :rank] if self.wide else (self.matrix @ self.vectors[:, :rank]) / self.roots(rank) ** 2
+        return (
+            self.vectors[:, :rank] if self.wide else (self.matrix @ self.vectors[:, :rank]) / self.roots(rank).square()
+        )
 
     def roots(self, rank: int) -> Tensor:
         """√σ [rank], by which a product's two sides are made equally large; 1 where σ is rounding noise."""
         squares = self.squares[:rank]
-        return torch.where(squares > self.squares[0] * 1e-15, squares, torch.ones_like(squares)).pow(0.25)
+        return torch.where(squares > self.squares[0] * 1e-15, squares, 1.0).sqrt().sqrt()
 
 
 def spectrum(matrix: Tensor) -> Spectrum:

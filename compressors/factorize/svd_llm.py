@@ -2,8 +2,8 @@
 
 Wang et al. 2024, "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression",
 section 3.1. H is the mean of x xᵀ over the calibration tokens, S its lower Cholesky factor, W S = U Σ Vᵀ. Then
-‖(W − Ŵ)X‖², divided by the number of tokens, is ‖(W − Ŵ)S‖², so that by Eckart and Young Ŵ = U_r Σ_r V_rᵀ S⁻¹ is the best
-of all matrices of rank r, and what it loses is the sum of the σ² left out.
+‖(W − Ŵ)X‖², divided by the number of tokens, is ‖(W − Ŵ)S‖², so that by Eckart and Young Ŵ = U_r Σ_r V_rᵀ S⁻¹ is the
+best of all matrices of rank r, and what it loses is the sum of the σ² left out.
 
 Where this differs from the paper and the authors' code, and why:
 - Where W has no more rows than columns, S isn't inverted: U_r Σ_r V_rᵀ = U_r U_rᵀ W S, so Ŵ = U_r (U_rᵀ W), to which

@@ -13,6 +13,7 @@ for all ranks (less where a shorter train couldn't use it), energy an equal shar
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from torch import Tensor
 
@@ -21,11 +22,13 @@ from .spectrum import rank_for_loss, spectrum
 
 
 def modes(size: int, dims: int) -> tuple[int, ...]:
-    """size as a product of dims numbers that are as equal as handing out its prime factors makes them, falling."""
-    parts = [1] * dims
-    for prime in reversed(_primes(size)):
-        parts[parts.index(min(parts))] *= prime
-    return tuple(sorted(parts, reverse=True))
+    """size as a product of dims numbers, falling: one after the other the divisor nearest to what would be even."""
+    parts: list[int] = []
+    for left in range(dims, 1, -1):
+        even = size ** (1 / left)
+        parts.append(min(_divisors(size), key=partial(_apart, even)))
+        size //= parts[-1]
+    return tuple(sorted([*parts, size], reverse=True))
 
 
 def paired_modes(shape: tuple[int, int], dims: int) -> tuple[tuple[int, int], ...]:
@@ -106,12 +109,10 @@ def tt_svd(
     return (*cores, rest.reshape(before, m, n, 1))
 
 
-def _primes(number: int) -> list[int]:
-    """The prime factors, rising."""
-    found, divisor = [], 2
-    while divisor * divisor <= number:
-        while number % divisor == 0:
-            found.append(divisor)
-            number //= divisor
-        divisor += 1
-    return [*found, number] if number > 1 else found
+def _apart(one: float, other: float) -> float:
+    return abs(math.log(one / other))
+
+
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
