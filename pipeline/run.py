@@ -26,6 +26,7 @@ from .classify import by_labels, check_evaluation, classification_section, is_cl
 from .clock import Clock
 from .context import Context, Run
 from .environment import environment, package_version, peak_memory_mb
+from .export import check_exports, export_all
 from .identity import fingerprint_of, header_hash, provenance_of, read_provenance
 from .measure import evaluation_section, open_streamed, pick_device, reopen
 from .plan import Plan, make_plans
@@ -70,6 +71,7 @@ def run_recipe(
     _check_data(recipe, checkpoint)
     plans = make_plans(recipe, checkpoint, output=output)
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
+    check_exports(recipe, output, context.fingerprint, overwrite=overwrite, resume=resume)
     run = Run(context, checkpoint, plans, output, started)
     model = open_streamed(checkpoint, recipe.dtype, device).model
     check_measures(gates, checkpoint, labelled=run.by_labels, latency=recipe.evaluate.latency)
@@ -79,6 +81,7 @@ def run_recipe(
         clean_up(output)
     if is_finished and (report := report_of(run)) is not None:
         progress.say(f"{output} is finished already; this is its report.")
+        _export(run, overwrite=overwrite, resume=resume)
         return Result(output, report)
     if not is_finished:
         check_room(run, overwrite=overwrite, resume=resume)
@@ -88,7 +91,21 @@ def run_recipe(
             _stages(run, calibration, overwrite=overwrite, resume=resume)
         for folder in run.between:
             shutil.rmtree(folder, ignore_errors=True)
-        return _measured(run, calibration, kept)
+        result = _measured(run, calibration, kept)
+        _export(run, overwrite=overwrite, resume=resume)
+        return result
+
+
+def _export(run: Run, *, overwrite: bool, resume: bool) -> None:
+    context = run.context
+    export_all(
+        context.recipe,
+        run.output,
+        context.fingerprint,
+        overwrite=overwrite,
+        resume=resume,
+        progress=context.progress,
+    )
 
 
 def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:
