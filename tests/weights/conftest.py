@@ -10,8 +10,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modelzip.weights.affine import Affine
+from modelzip.weights.dense import Dense
+from modelzip.weights.kronecker import Kronecker
 from modelzip.weights.layouts import Scheme
 from modelzip.weights.linear import CompressedLinear
+from modelzip.weights.low_rank import LowRank
+from modelzip.weights.sparse import Sparse
+from modelzip.weights.tensor_train import TensorTrain
+from modelzip.weights.value import CompressedWeight
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +73,46 @@ def make_dense() -> Callable[[nn.Module, Mapping[str, Affine]], nn.Module]:
         return model
 
     return change
+
+
+@pytest.fixture(scope="session")
+def weights_of_all_kinds(random_weight) -> Callable[..., dict[str, CompressedWeight]]:
+    """weights_of_all_kinds(dtype, shape): a random one of every kind and variant; both sizes are multiples of 8."""
+
+    def make(dtype: torch.dtype, shape: tuple[int, int] = (24, 48), seed: int = 0) -> dict[str, CompressedWeight]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*size: int) -> torch.Tensor:
+            return (0.2 * torch.randn(size, generator=generator)).to(dtype)
+
+        rows, columns = shape
+        kept = torch.rand(rows, columns, generator=generator) < 0.4
+        fours = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1).lt(2).reshape(shape)
+        eights = torch.rand(rows, columns // 8, 8, generator=generator).argsort(-1).lt(4).reshape(shape)
+        plain = Dense(draw(rows, columns)).weight
+        group = random_weight(shape, Scheme(4, "group", 8, True), dtype)
+        zeros = random_weight(shape, Scheme(3, "group", 8, False), dtype)
+        single = random_weight(shape, Scheme(3, "tensor", None, False), dtype)
+        left = random_weight((rows, 8), Scheme(4, "channel", None, False), dtype)
+        right = random_weight((8, columns), Scheme(8, "group", 8, True), dtype)
+        return {
+            "affine": group,
+            "affine, zero points": zeros,
+            "affine, one scale": single,
+            "dense": Dense(plain),
+            "kronecker": Kronecker(draw(3, rows // 4, columns // 8), draw(3, 4, 8)),
+            "kronecker, other order": Kronecker(draw(3, 4, 2), draw(3, rows // 4, columns // 2)),
+            "low rank": LowRank(Dense(draw(rows, 7)), Dense(draw(7, columns))),
+            "low rank, affine": LowRank(left, right),
+            "low rank, sparse": LowRank(Sparse.of_dense(draw(rows, 8), kept[:, :8], dtype=dtype), right),
+            "sparse": Sparse.of_dense(plain, kept, dtype=dtype),
+            "sparse 2:4": Sparse.of_dense(plain, fours, pattern=(2, 4), dtype=dtype),
+            "sparse 4:8": Sparse.of_dense(plain, eights, pattern=(4, 8), dtype=dtype),
+            "sparse codes": Sparse.of_affine(zeros, kept),
+            "sparse codes, one scale": Sparse.of_affine(single, kept),
+            "sparse codes 2:4": Sparse.of_affine(zeros, fours, pattern=(2, 4)),
+            "sparse codes 4:8": Sparse.of_affine(group, eights, pattern=(4, 8)),
+            "tensor train": TensorTrain((draw(1, 2, 4, 3), draw(3, rows // 4, 2, 5), draw(5, 2, columns // 8, 1))),
+        }
+
+    return make
