@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,10 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CheckpointError, OutputError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
-from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.target import partial_of
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.weights.layouts import decoder
+from modelzip.weights.plugin import located
+
+from .places import Place, compressed_places, shared_places
 
 PART_BYTES: Final = 256 << 20
 """Dense bytes in memory at a time, and in a shard, unless a single matrix is larger."""
@@ -115,46 +117,29 @@ def _decoded(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entr
             "compressed-tensors pack-quantized."
         ) from None
     model = skeleton(checkpoint)
-    names = NameMap(model, checkpoint)
-    shared: Mapping[str, str] = config.get("shared") or {}
     wanted = dtype or _own_dtype(checkpoint)
-    for module, layer in model.named_modules():
-        parts = names.parts(module) or _parts_of_owner(names, shared, module)
-        if parts:
-            shape = layer.get_parameter("weight").shape
+    for place in compressed_places(checkpoint, model):
+        path = located(model, place.module)
+        layer = None if path is None else model.get_submodule(path)
 
-            def make(module: str = module, layer: nn.Module = layer, parts: Mapping[str, str] = parts) -> Tensor:
-                tensors = checkpoint.read(parts.values())
-                weight = decode(module, {suffix: tensors[source] for suffix, source in parts.items()}).dense(wanted)
-                return _finite((weight.T if isinstance(layer, Conv1D) else weight).contiguous(), module)
+        def make(place: Place = place, layer: nn.Module | None = layer) -> Tensor:
+            tensors = checkpoint.read(place.parts.values())
+            weight = decode(place.module, {suffix: tensors[source] for suffix, source in place.parts.items()})
+            dense = weight.dense(wanted).T if isinstance(layer, Conv1D) else weight.dense(wanted)
+            if layer is not None and dense.shape != layer.get_parameter("weight").shape:
+                raise CheckpointError(
+                    f"{checkpoint.source}: {place.module} is {list(weight.shape)}, which isn't what config.json asks "
+                    "for, so no plain checkpoint can hold it: keep it in modelzip's own layout."
+                )
+            return _finite(dense.contiguous(), place.name)
 
-            yield Entry(_stored_name(module, parts), shape.numel() * wanted.itemsize, tuple(parts.values()), make)
-    for name, owner in shared.items():
-        source = names.source(owner)
-        if source is not None:
-            info = checkpoint.tensors[source]
-            kept = dtype if dtype is not None and info.dtype in CAST else DTYPES[info.dtype]
-            nbytes = math.prod(info.shape) * kept.itemsize
-            yield Entry(name, nbytes, (), lambda source=source, kept=kept: _cast(checkpoint, source, kept))  # type: ignore[misc]
-
-
-def _parts_of_owner(names: NameMap, shared: Mapping[str, str], module: str) -> dict[str, str]:
-    """The tensors, by suffix, of a compressed module that has its weight from another; empty for all others."""
-    found = {}
-    for name, owner in shared.items():
-        suffix = name.removeprefix(f"{module}.")
-        if suffix != name:
-            tensors = names.parts(owner.removesuffix(f".{suffix}"))
-            found |= {suffix: tensors[suffix]} if suffix in tensors else {}
-    return found
-
-
-def _stored_name(module: str, parts: Mapping[str, str]) -> str:
-    """The dense weight's name in the checkpoint's own way of naming, which may have or lack the base model's prefix."""
-    suffix, tensor = next(iter(parts.items()))
-    stem = tensor.removesuffix(f".{suffix}")
-    is_own = f".{module}".endswith(f".{stem}") or f".{stem}".endswith(f".{module}")
-    return f"{stem if is_own else module}.weight"
+        count = 0 if layer is None else layer.get_parameter("weight").numel()
+        yield Entry(place.name, count * wanted.itemsize, tuple(place.parts.values()), make)
+    for name, source in shared_places(checkpoint):
+        info = checkpoint.tensors[source]
+        kept = dtype if dtype is not None and info.dtype in CAST else DTYPES[info.dtype]
+        nbytes = math.prod(info.shape) * kept.itemsize
+        yield Entry(name, nbytes, (), lambda source=source, kept=kept: _cast(checkpoint, source, kept))  # type: ignore[misc]
 
 
 def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
