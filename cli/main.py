@@ -17,6 +17,7 @@ from modelzip.recipes.schema import STAGES
 
 from .compress import run, verb
 from .evaluate import evaluate
+from .export import export
 from .failures import USAGE_ERROR, StoppedError, catch_sigterm, report_error, report_usage, silence
 from .help import Sectioned
 from .methods import methods
@@ -50,6 +51,7 @@ def build() -> typer.Typer:
         app.command(kind, cls=Sectioned)(verb(kind))
     app.command("run", cls=Sectioned)(run())
     app.command("evaluate", cls=Sectioned)(evaluate())
+    app.command("export", cls=Sectioned)(export())
     app.add_typer(recipe_commands(), name="recipe")
     app.command("methods", cls=Sectioned)(methods())
     return app

@@ -96,7 +96,7 @@ def _headline(report: Report) -> str:
 
 
 def _quality(evaluation: EvaluationResult) -> list[tuple[str, str, str, str]]:
-    rows = []
+    rows: list[tuple[str, str, str, str]] = []
     original, compressed = evaluation.perplexity.original, evaluation.perplexity.compressed
     if compressed is not None:
         change = f"{100 * (compressed / original - 1):+.1f} %" if original else ""
@@ -114,8 +114,10 @@ def _quality(evaluation: EvaluationResult) -> list[tuple[str, str, str, str]]:
         rows.append(("Difference of the last hidden states", "", _number(evaluation.hidden_error, ".4f"), "relative"))
     if evaluation.latency is not None:
         for timed in (evaluation.latency.single, evaluation.latency.batched):
-            times = [f"{milliseconds:.2f} ms" for milliseconds in (timed.original_ms, timed.compressed_ms)]
-            rows.append((f"Time an example, {timed.batch_size} at once", *times, f"{timed.speedup:.2f} × faster"))
+            before, after = f"{timed.original_ms:.2f} ms", f"{timed.compressed_ms:.2f} ms"
+            rows.append(
+                (f"Time an example, {timed.batch_size} at once", before, after, f"{timed.speedup:.2f} × faster")
+            )
     return rows
 
 

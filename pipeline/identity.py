@@ -17,7 +17,7 @@ from .environment import package_version
 
 PROVENANCE: Final = "modelzip.json"
 PACKAGES: Final = ("modelzip", "torch", "transformers", "compressed-tensors", "safetensors")
-NOT_IN_THE_BYTES: Final = ("output", "evaluate", "model")
+NOT_IN_THE_BYTES: Final = ("output", "evaluate", "export", "model")
 
 
 def header_hash(checkpoint: Checkpoint) -> str:

@@ -26,6 +26,7 @@ from .classify import by_labels, check_evaluation, classification_section, is_cl
 from .clock import Clock
 from .context import Context, Run
 from .environment import environment, package_version, peak_memory_mb
+from .export import check_exports, export_all
 from .identity import fingerprint_of, header_hash, read_provenance
 from .measure import evaluation_section, open_streamed, pick_device, reopen
 from .plans import Plan, make_plans
@@ -69,6 +70,7 @@ def run_recipe(
     plans = make_plans(recipe, checkpoint, output=output)
     _check_data(recipe, plans[-1].result)
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
+    check_exports(recipe, output, context.fingerprint, overwrite=overwrite, resume=resume)
     run = Run(context, checkpoint, plans, output, started)
     model = open_streamed(checkpoint, recipe.dtype, device).model
     check_measures(gates, plans[-1].result, labelled=run.by_labels, latency=recipe.evaluate.latency)
@@ -78,6 +80,7 @@ def run_recipe(
         clean_up(output)
         if (report := report_of(run)) is not None:
             progress.say(f"{output} is finished already; this is its report.")
+            _export(run, overwrite=overwrite, resume=resume)
             return Result(output, report)
     else:
         check_room(run, overwrite=overwrite, resume=resume)
@@ -88,10 +91,23 @@ def run_recipe(
         else:
             done = finished_chain(run, earlier)
         result = _measured(run, done, calibration, kept)
+        _export(run, overwrite=overwrite, resume=resume)
     for folder in run.passing:
         shutil.rmtree(folder, ignore_errors=True)
     memory_file(run).unlink(missing_ok=True)
     return result
+
+
+def _export(run: Run, *, overwrite: bool, resume: bool) -> None:
+    context = run.context
+    export_all(
+        context.recipe,
+        run.output,
+        context.fingerprint,
+        overwrite=overwrite,
+        resume=resume,
+        progress=context.progress,
+    )
 
 
 def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:

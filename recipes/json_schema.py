@@ -13,7 +13,7 @@ def recipe_schema() -> dict[str, Any]:
     """The schema of the YAML, in which stages and rules are flat mappings."""
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
-    schema["$defs"] = {name: definitions[name] for name in ("Calibration", "Evaluation")}
+    schema["$defs"] = {name: definitions[name] for name in ("Calibration", "Evaluation", "Export")}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "modelzip recipe"
     schema["required"] = ["stages"]

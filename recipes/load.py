@@ -15,7 +15,7 @@ from modelzip.compressors.settings import MethodSettings
 from .describe import either, shown
 from .files import read_recipe_file
 from .problems import Found, as_mapping, check, inside, suggestion, unknown_key
-from .schema import STAGES, Calibration, Evaluation, Recipe, Rule, Stage
+from .schema import STAGES, Calibration, Evaluation, Export, Recipe, Rule, Stage
 
 SECTIONS: Final[Mapping[str, type[BaseModel]]] = MappingProxyType({"calibration": Calibration, "evaluate": Evaluation})
 NOT_RENAMED: Final[Mapping[str, str]] = MappingProxyType({})
@@ -42,25 +42,40 @@ def parse_recipe(
         if (section := as_mapping(top.get(name), name, found)) is not None
     }
     stages = _stages(top.get("stages"), least_stages, found)
-    rest = {key: value for key, value in top.items() if key not in SECTIONS and key != "stages"}
+    exports = _exports(top.get("export"), found)
+    rest = {key: value for key, value in top.items() if key not in SECTIONS and key not in ("stages", "export")}
     recipe = check(Recipe, rest, "", found=found, unknown=_unknown_top)
     found.raise_if_any(origin, renamed)
     assert recipe is not None
-    return recipe.model_copy(update={**parts, "stages": stages})
+    return recipe.model_copy(update={**parts, "stages": stages, "export": exports})
 
 
 def recipe_data(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data, as it would stand in YAML, with every default written out."""
-    data = recipe.model_dump(mode="json", exclude={"stages", "calibration", "evaluate"}, exclude_none=True)
+    data = recipe.model_dump(mode="json", exclude={"stages", "calibration", "evaluate", "export"}, exclude_none=True)
     data["calibration"] = recipe.calibration.model_dump(mode="json")
     data["stages"] = [{stage.kind: _stage_data(stage)} for stage in recipe.stages]
     data["evaluate"] = recipe.evaluate.model_dump(mode="json", exclude_none=True)
+    if recipe.export:
+        data["export"] = [one.model_dump(mode="json", exclude_none=True) for one in recipe.export]
     return data
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `parse_recipe` reads back to an equal one."""
     return yaml.safe_dump(recipe_data(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _exports(data: object, found: Found) -> tuple[Export, ...]:
+    if data is None:
+        return ()
+    if not isinstance(data, list):
+        found.add("export", f"{shown(data)} is not allowed; it must be a list such as [{{format: dense}}]")
+        return ()
+    paths = [inside("export", index) for index in range(len(data))]
+    sections = [as_mapping(one, path, found) for one, path in zip(data, paths, strict=True)]
+    made = [check(Export, one, path, found=found) for one, path in zip(sections, paths, strict=True) if one is not None]
+    return tuple(one for one in made if one is not None)
 
 
 def _stage_data(stage: Stage) -> dict[str, Any]:

@@ -13,6 +13,11 @@ def default_output(model: str, recipe: Recipe) -> Path:
     return Path("-".join([model_name(model), *(stage.settings.label for stage in recipe.stages)]))
 
 
+def export_output(model: Path, format: str) -> Path:
+    """The folder of an export, beside the model's: `SmolLM2-135M-Instruct-gptq-4bit-dense`."""
+    return model.with_name(f"{model.name}-{format}")
+
+
 def model_name(model: str) -> str:
     """The short name of a folder, a hub id, a .gguf file or a snapshot in the hub's cache."""
     path = Path(model)

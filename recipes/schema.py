@@ -162,6 +162,20 @@ STAGES: Final[Mapping[str, type[Stage]]] = MappingProxyType(
 )
 
 
+class Export(BaseModel):
+    """What is written beside the output, in another format."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    format: Literal["dense"] = Field(description="The format: dense is a plain checkpoint that opens without modelzip.")
+    output: str | None = Field(
+        default=None, min_length=1, description="Folder; without one, that of the run's output with the format behind."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of all floating tensors; auto leaves them as they are."
+    )
+
+
 class Recipe(BaseModel):
     """Everything that a run depends on. Precedence: these defaults, then the recipe file, then options."""
 
@@ -188,3 +202,4 @@ class Recipe(BaseModel):
     evaluate: Evaluation = Field(
         default_factory=Evaluation, description="How the result is compared with the original."
     )
+    export: tuple[Export, ...] = Field(default=(), description="What is written beside the output, in other formats.")

@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?P<language>\w*) *(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-VERBS = ("quantize", "run", "evaluate", "methods", "recipe check", "recipe show", "recipe schema")
+VERBS = ("quantize", "run", "evaluate", "export", "methods", "recipe check", "recipe show", "recipe schema")
 SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NOT_OURS = {"--strict"}  # options of other programs that the pages name
 

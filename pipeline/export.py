@@ -1,0 +1,60 @@
+"""The recipe's list `export`: what a run writes beside its output when all else is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modelzip.checkpoints.errors import ProblemsError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.target import check_target, partial_of
+from modelzip.exporters.formats import export
+from modelzip.recipes.naming import export_output
+from modelzip.recipes.schema import Export, Recipe
+
+from .identity import read_provenance
+from .progress import Progress
+
+
+def check_exports(recipe: Recipe, output: Path, fingerprint: str, *, overwrite: bool, resume: bool) -> None:
+    """Raise an error, before any work is done, if an export may not be written to its folder."""
+    folders = [_folder(one, output) for one in recipe.export]
+    twice = {str(folder) for folder in folders if folders.count(folder) > 1 or folder == output}
+    if twice:
+        raise ProblemsError(
+            [f"{folder} is named for two outputs: give each export its own." for folder in sorted(twice)]
+        )
+    for folder in folders:
+        if resume and _is_finished(folder, fingerprint):
+            continue
+        check_target(folder, overwrite=overwrite, has_partial=partial_of(folder).exists())
+
+
+def export_all(
+    recipe: Recipe, output: Path, fingerprint: str, *, overwrite: bool, resume: bool, progress: Progress
+) -> list[Path]:
+    """Write every export of the finished `output`; one that would change nothing is left out, and said.
+
+    With `resume`, those that this run (by its fingerprint) has finished before are left as they are.
+    """
+    result = Checkpoint.open(str(output))
+    written = []
+    for one in recipe.export:
+        if result.quantization is None and one.dtype == "auto":
+            progress.say(f"export: {output} is a dense checkpoint already, so it isn't exported as {one.format}")
+            continue
+        folder = _folder(one, output)
+        if resume and not overwrite and _is_finished(folder, fingerprint):
+            progress.say(f"export: {folder} is finished already")
+            continue
+        progress.say(f"export: writing {folder}")
+        written.append(export(result, one.format, folder, dtype=one.dtype, overwrite=overwrite))
+    return written
+
+
+def _is_finished(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder holds an export of this run: modelzip.json is carried along."""
+    return read_provenance(folder, fingerprint) is not None
+
+
+def _folder(one: Export, output: Path) -> Path:
+    return Path(one.output).expanduser() if one.output else export_output(output, one.format)
