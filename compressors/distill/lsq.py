@@ -133,7 +133,7 @@ class _FakeQuantize(torch.autograd.Function):
         return (codes * step.to(dtype)).float()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, step, offset = ctx.saved_tensors
         lowest, Qp = _range(ctx.bits)
         z = 0.0 if offset is None else offset

@@ -45,7 +45,7 @@ def next_kept(trained: Mapping[str, Tensor], kept: Masks | None = None, *, share
         stays = sizes > threshold
         equal = (sizes == threshold).nonzero().flatten()
         stays[equal[count - int((sizes < threshold).sum()) :]] = True
-    parts = stays.split([int(masks[name].sum()) for name in names])
+    parts = torch.split(stays, [int(masks[name].sum()) for name in names])
     return {name: masks[name].masked_scatter(masks[name], part) for name, part in zip(names, parts, strict=True)}
 
 
