@@ -13,7 +13,6 @@ from .index import CONFIG, Checkpoint
 from .journal import NAME as JOURNAL
 from .shards import disk_errors
 
-
 WORKSPACE: Final = ".work"
 
 

@@ -63,7 +63,11 @@ class DistillSettings(MethodSettings):
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Norm to which larger gradients are scaled down; 0: never."
     )
-    max_length: int = Field(default=128, ge=2, description="Tokens at which a text is cut, or of a window of text.")
+    max_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens at which a text is cut, or of a window of text; without it 128, or what the model takes.",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="Type of forward and backward passes; auto: bf16 on GPUs that have it, else fp32."
     )

@@ -61,7 +61,7 @@ class Material:
         return place
 
     def batch(self, places: Sequence[int]) -> dict[str, Tensor]:
-        """Arguments of the forward, each int64 [batch, length], and `labels`, [batch] or, of tokens, [batch, length]."""
+        """Arguments of the forward, int64 [batch, length], and `labels`, [batch] or, of tokens, [batch, length]."""
         made = padded([self.rows[place] for place in places], self.padding)
         if self.labels is not None:
             made["labels"] = self.labels[torch.tensor(places)]
@@ -91,9 +91,7 @@ def masked(tokens: Tensor, masking: Masking, generators: Sequence[torch.Generato
     Of the tokens that must be guessed, 80 % become the mask, 10 % any token, 10 % stay (Devlin et al. 2018, 3.1).
     """
     length = tokens.shape[1]
-    hides, how = (
-        torch.stack([torch.rand(length, generator=generator) for generator in generators]) for _ in range(2)
-    )
+    hides, how = (torch.stack([torch.rand(length, generator=generator) for generator in generators]) for _ in range(2))
     other = torch.stack([torch.randint(masking.vocabulary, (length,), generator=one) for one in generators])
     special = torch.isin(tokens, torch.tensor(sorted(masking.special), dtype=torch.int64))
     hidden = (hides < MASKED) & ~special

@@ -29,8 +29,8 @@ def epoch_order(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: in
     generator = seeded(seed, epoch)
     shuffled = torch.randperm(len(lengths), generator=generator)
     length = torch.tensor(lengths)
-    pools = [pool[torch.sort(length[pool], stable=True).indices] for pool in shuffled.split(POOL * batch_size)]
-    batches = list(torch.cat(pools).split(batch_size))
+    pools = [pool[torch.sort(length[pool], stable=True).indices] for pool in torch.split(shuffled, POOL * batch_size)]
+    batches = list(torch.split(torch.cat(pools), batch_size))
     full = len(lengths) // batch_size
     drawn = torch.randperm(full, generator=generator).tolist()
     return torch.cat([*(batches[place] for place in drawn), *batches[full:]])
@@ -49,3 +49,16 @@ class EpochOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = epoch_order(self._lengths, batch_size=self._batch_size, seed=self._seed, epoch=self.epoch)
         return iter(order.tolist())
+
+
+class LongestFirst(Sampler[int]):
+    """All examples by falling length, so that little is padded and memory peaks at the start."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order)

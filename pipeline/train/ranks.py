@@ -1,4 +1,4 @@
-"""The processes of one training, as `accelerate launch` starts them: one of them writes and speaks, all of them train."""
+"""The processes of one training, as `accelerate launch` starts them: all of them train, one writes and speaks."""
 
 from __future__ import annotations
 

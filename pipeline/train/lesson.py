@@ -1,0 +1,170 @@
+"""A student, what it is taught, and by whom: the module whose forward pass is the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modelzip.compressors.distill.hidden import Projection
+from modelzip.compressors.distill.logits import IGNORED, Direction, divergence, next_labels
+from modelzip.compressors.distill.signals import SIGNALS, Signal
+
+Predicts = Literal["class", "number", "next-token", "masked-token"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loss is made of.
+
+    alpha: weight of the teacher's logits against labels, None without a teacher. signals: name and weight of each.
+    layers: for each of the student's layers the teacher's, counted from 1.
+    """
+
+    predicts: Predicts
+    alpha: float | None = None
+    temperature: float = 1.0
+    direction: Direction = "forward"
+    signals: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What is looked at inside the models."""
+        return frozenset(SIGNALS[name].reads for name in self.signals)
+
+
+class Lesson(nn.Module):
+    """forward(batch) -> per example: `loss`, the sum over its items; `items`; `correct`, of those with a label.
+
+    An item is an example of a classifier, or a predicted token. The teacher is no part of the module, so it is neither
+    trained, nor saved, nor spread over processes; learned projections are, and are thrown away at the end.
+    """
+
+    _keys_to_ignore_on_save = None  # which the Trainer asks for where tied tensors are stored once
+
+    def __init__(self, student: Any, objective: Objective, *, teacher: Any = None, seed: int = 0) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        self._no_split_modules = getattr(student, "_no_split_modules", None)  # where FSDP cuts
+        self.projections = nn.ModuleDict()
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        if teacher is not None and objective.signals:
+            widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
+            for name in sorted(objective.signals):
+                if SIGNALS[name].projected and widths[0] != widths[1]:
+                    self.projections[name] = Projection(widths[0], widths[1], generator=generator)
+
+    @property
+    def config(self) -> Any:
+        """The student's, which FSDP and DeepSpeed ask for."""
+        return self.student.config
+
+    @property
+    def teacher(self) -> Any:
+        """The model that is learned from, or None."""
+        return self._teacher[0]
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """batch: arguments of the models' forward, [batch, length], and `labels` if there are any."""
+        labels = batch.pop("labels", None)
+        asked = self._asked()
+        said = self.student(**batch, **asked)
+        heard = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                heard = self.teacher(**batch, **asked)
+        kept = batch["attention_mask"].bool() if "attention_mask" in batch else None
+        logits, targets, counted = _items(said.logits, labels, batch["input_ids"], kept, self.objective.predicts)
+        loss = self._loss(logits, targets, heard, batch["input_ids"], kept)
+        items = counted.sum(1)
+        whole = torch.where(counted, loss, 0.0).sum(1)
+        if heard is not None and self.objective.signals:
+            whole = whole + items * self._signals(said, heard, kept)
+        found = {"loss": whole, "items": items}
+        if targets is not None and self.objective.predicts != "number":
+            found["correct"] = ((logits.argmax(-1) == targets) & counted).sum(1)
+        return found
+
+    def _asked(self) -> dict[str, bool]:
+        reads = self.objective.reads
+        asked = {}
+        if reads & {"hidden", "last", "embeddings"}:
+            asked["output_hidden_states"] = True
+        if "attention" in reads:
+            asked["output_attentions"] = True
+        return asked
+
+    def _loss(self, logits: Tensor, targets: Tensor | None, heard: Any, tokens: Tensor, kept: Tensor | None) -> Tensor:
+        """[batch, items]"""
+        one = self.objective
+        hard = None if targets is None else _hard(logits, targets, one.predicts)
+        if heard is None or one.alpha is None:
+            assert hard is not None
+            return hard
+        theirs, _, _ = _items(heard.logits, None, tokens, kept, one.predicts)
+        soft = _soft(logits, theirs, one)
+        return soft if hard is None else one.alpha * soft + (1 - one.alpha) * hard
+
+    def _signals(self, said: Any, heard: Any, kept: Tensor | None) -> Tensor:
+        """The weighted sum of the signals, a mean over tokens or examples."""
+        total = torch.zeros((), device=kept.device if kept is not None else None)
+        for name, weight in sorted(self.objective.signals.items()):
+            signal = SIGNALS[name]
+            pairs = list(_pairs(signal, said, heard, self.objective.layers))
+            for mine, theirs in pairs:
+                shown = self.projections[name](mine) if name in self.projections else mine
+                total = total + weight / len(pairs) * signal.loss(shown, theirs, kept)
+        return total
+
+
+def _items(
+    logits: Tensor, labels: Tensor | None, tokens: Tensor, kept: Tensor | None, predicts: Predicts
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Logits [batch, items, classes], targets [batch, items] or None, and which items count, bool [batch, items]."""
+    if predicts in ("class", "number"):
+        counted = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
+        return logits[:, None], None if labels is None else labels[:, None], counted
+    if predicts == "next-token":
+        targets = next_labels(tokens if kept is None else torch.where(kept, tokens, IGNORED))
+        return logits, targets, targets != IGNORED
+    if labels is None:
+        return logits, None, torch.ones_like(tokens, dtype=torch.bool)
+    return logits, labels, labels != IGNORED
+
+
+def _hard(logits: Tensor, targets: Tensor, predicts: Predicts) -> Tensor:
+    """Cross-entropy with the labels, squared error of a number; [batch, items]"""
+    if predicts == "number":
+        return (logits[..., 0].float() - targets.float()).square()
+    flat = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view(targets.shape)
+
+
+def _soft(logits: Tensor, theirs: Tensor, objective: Objective) -> Tensor:
+    """T² times the KL of each item, [batch, items]; of a number the squared error.
+
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+    """
+    if objective.predicts == "number":
+        return (logits.float() - theirs.float()).square().sum(-1)
+    heat = objective.temperature
+    mine, teachers = (torch.log_softmax(one.float() / heat, -1) for one in (logits, theirs))
+    return heat**2 * divergence(mine, teachers, objective.direction)
+
+
+def _pairs(signal: Signal, said: Any, heard: Any, layers: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """The student's tensor and the teacher's, for each layer that the signal looks at."""
+    if signal.reads == "embeddings":
+        return [(said.hidden_states[0], heard.hidden_states[0])]
+    if signal.reads == "last":
+        return [(said.hidden_states[-1], heard.hidden_states[-1])]
+    if signal.reads == "hidden":
+        return [(said.hidden_states[own], heard.hidden_states[layer]) for own, layer in enumerate(layers, start=1)]
+    return [(said.attentions[own], heard.attentions[layer - 1]) for own, layer in enumerate(layers)]

@@ -1,0 +1,392 @@
+"""The plan of a stage that trains: everything that can be known before a weight is read."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from modelzip.checkpoints.blocks import skeleton
+from modelzip.checkpoints.errors import CalibrationError, CheckpointError, ProblemsError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.compressors.distill.settings import DistillSettings, Logits
+from modelzip.compressors.distill.signals import SIGNALS, layer_map
+from modelzip.recipes.match import matches
+from modelzip.recipes.schema import Recipe, Stage
+
+from ..calibrate import is_causal, longest, tokenizer_of
+from ..room import BASE_BYTES
+from .data import Data, is_running_text, read_data, running_text
+from .lesson import Objective, Predicts
+from .material import padding_of
+from .student import (
+    Student,
+    architecture,
+    class_names,
+    is_classifier,
+    parameters_of,
+    with_classes,
+    with_layers,
+)
+
+T = TypeVar("T")
+
+LENGTH: Final = 128
+"""Tokens of a text or window where nobody said."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingPlan:
+    """One stage that trains, checked. Sizes are of all weights, in bytes; memory and disk are what the run will need.
+
+    frozen: patterns of modules that aren't trained. result: what will be written, as far as headers go.
+    """
+
+    source: str
+    output: Path
+    settings: DistillSettings
+    student: Student
+    teacher: Checkpoint | None
+    objective: Objective
+    data: Data
+    validation: Data | None
+    frozen: tuple[str, ...]
+    max_length: int
+    bytes_before: int
+    bytes_after: int
+    memory_bytes: int
+    disk_bytes: int
+    notes: tuple[str, ...]
+    result: Checkpoint
+    needs_data: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as `--dry-run --json` prints it."""
+        keys = ("source", "bytes_before", "bytes_after", "memory_bytes", "disk_bytes")
+        return {
+            **{key: getattr(self, key) for key in keys},
+            "output": str(self.output),
+            "notes": list(self.notes),
+            "modules": [],
+            "settings": self.settings.model_dump(mode="json"),
+            "task": self.objective.predicts,
+            "student": {"architecture": architecture(self.student.config), "start": self.student.start},
+            "teacher": None if self.teacher is None else self.teacher.source,
+            "examples": self.data.count,
+        }
+
+
+class _Problems:
+    """Mistakes that were found, so that all of them are told at once."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.sentences: list[str] = []
+
+    def add(self, sentence: str) -> None:
+        """Note a mistake."""
+        line = f"{self.where}: {sentence}"
+        if line not in self.sentences:
+            self.sentences.append(line)
+
+    def tried(self, action: Callable[[], T]) -> T | None:
+        """What the action gives, or None if it finds a mistake."""
+        try:
+            return action()
+        except (CheckpointError, CalibrationError) as error:
+            self.add(str(error))
+            return None
+
+
+def plan_training(
+    stage: Stage, source: Checkpoint, *, recipe: Recipe, output: Path, where: str = "distill"
+) -> TrainingPlan:
+    """The plan of one stage on what the one before it leaves. Raises ProblemsError with all mistakes.
+
+    source: its headers; of an earlier stage's result, which isn't there yet, `folder` must hold the tokenizer.
+    """
+    settings = stage.settings
+    assert isinstance(settings, DistillSettings)
+    problems = _Problems(where)
+    _check_stage(stage, source, problems)
+    teacher = _teacher(settings, recipe, problems)
+    origin = _origin(settings, source, teacher)
+    data, validation = _data(settings, origin, teacher, problems)
+    student = None if origin is None or data is None else _student(settings, origin, teacher, data, problems)
+    objective = None if student is None else _objective(settings, student, teacher, problems)
+    if student is not None:
+        _check_tokens(settings, student, teacher, problems)
+        for pattern in stage.ignore:
+            if not any(matches(pattern, name) for name, _ in skeleton(_shell(student)).named_modules()):
+                problems.add(f"the pattern {pattern!r} matches no module.")
+    if problems.sentences:
+        raise ProblemsError(problems.sentences)
+    assert student is not None
+    assert objective is not None
+    assert data is not None
+    result = student.checkpoint()
+    length = settings.max_length or min(LENGTH, longest(skeleton(_shell(student))))
+    return TrainingPlan(
+        source=source.source,
+        output=output,
+        settings=settings,
+        student=student,
+        teacher=teacher,
+        objective=objective,
+        data=data,
+        validation=validation,
+        frozen=stage.ignore,
+        max_length=length,
+        bytes_before=source.nbytes,
+        bytes_after=result.nbytes,
+        memory_bytes=_memory(settings, student, result, teacher, length=length),
+        disk_bytes=result.nbytes + 2 * 12 * parameters_of(result),
+        notes=tuple(_notes(settings, student, teacher, data)),
+        result=result,
+    )
+
+
+def _check_stage(stage: Stage, source: Checkpoint, problems: _Problems) -> None:
+    settings = stage.settings
+    if stage.rules:
+        problems.add("a model is trained as a whole, so rules can't change settings for some modules: leave them out.")
+    if settings.data is None:
+        problems.add("no data is named: give data, a file with labelled texts or plain text, or a hub dataset.")
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        problems.add("tensorboard needs the package of that name: install it, or leave tensorboard out.")
+    if source.quantization is not None and not _is_new(settings):
+        problems.add(
+            f"{source.source} is {source.quantization.get('quant_method')}-compressed, and such weights can't be "
+            "trained: train before compressing."
+        )
+
+
+def _teacher(settings: DistillSettings, recipe: Recipe, problems: _Problems) -> Checkpoint | None:
+    if not isinstance(settings, Logits):
+        return None
+    name = settings.teacher or recipe.model
+    revision = None if settings.teacher else recipe.revision
+    assert name is not None
+    teacher = problems.tried(lambda: Checkpoint.open(name, revision=revision))
+    if teacher is not None and teacher.quantization is not None:
+        problems.add(f"the teacher {teacher.source} is compressed: name the original.")
+    return teacher
+
+
+def _origin(settings: DistillSettings, source: Checkpoint, teacher: Checkpoint | None) -> Checkpoint | None:
+    """Where the student's weights come from."""
+    return teacher if _is_new(settings) else source
+
+
+def _is_new(settings: DistillSettings) -> bool:
+    """Whether the student is made from the teacher, not what came in."""
+    return isinstance(settings, Logits) and (settings.layers is not None or settings.student_config is not None)
+
+
+def _data(
+    settings: DistillSettings, origin: Checkpoint | None, teacher: Checkpoint | None, problems: _Problems
+) -> tuple[Data | None, Data | None]:
+    if settings.data is None or origin is None:
+        return None, None
+    judge = teacher if teacher is not None else origin
+    heads = [one for one in (judge, origin) if is_classifier(one.config)]
+    model = problems.tried(lambda: skeleton(heads[0])) if heads else None
+    names = None if model is None else class_names(model)
+    found: list[Data | None] = []
+    for source, split in ((settings.data, settings.data_split), (settings.validation, settings.validation_split)):
+        if source is None:
+            found.append(None)
+            continue
+        known = found[0].examples.names if found and found[0] is not None and found[0].examples else names
+
+        def read(source: str = source, split: str = split, known: Any = known) -> Data:
+            needs_labels = None if settings.needs_teacher else True
+            runs = settings.task == "language-modelling" or (
+                settings.task == "auto" and not heads and is_running_text(settings, source, split)
+            )
+            if runs:
+                return running_text(settings, source, split)
+            return read_data(settings, source, split, names=known or None if not heads else known, labels=needs_labels)
+
+        found.append(problems.tried(read))
+    first, second = found
+    if first is not None and second is not None and (first.examples is None) != (second.examples is None):
+        problems.add(f"{first.source} and {second.source} aren't alike: one holds labelled texts, one plain text.")
+    if second is not None and settings.kept == "accuracy" and not second.is_labelled:
+        problems.add(f"keep: accuracy needs labels, which {second.source} hasn't got; take keep: loss.")
+    return first, second
+
+
+def _student(
+    settings: DistillSettings, origin: Checkpoint, teacher: Checkpoint | None, data: Data, problems: _Problems
+) -> Student | None:
+    config: dict[str, Any] = dict(origin.config)
+    start: Any = "whole"
+    layers: tuple[int, ...] = ()
+    if isinstance(settings, Logits) and settings.layers is not None:
+        start, layers = "layers", settings.layers
+        config = problems.tried(lambda: with_layers(origin, layers)) or config
+    elif isinstance(settings, Logits) and settings.student_config is not None:
+        start = settings.start
+        unknown = [key for key in settings.student_config if key not in origin.config]
+        if unknown:
+            problems.add(f"student_config names {unknown[0]}, which config.json of {origin.source} hasn't got.")
+        config = {**config, **settings.student_config}
+    student = Student(config, origin, start, layers)
+    if data.examples is None or is_classifier(config):
+        model = problems.tried(lambda: skeleton(_shell(student)))
+        return None if model is None else student
+    names = data.examples.names
+    if teacher is not None:
+        judge = problems.tried(lambda: skeleton(teacher))
+        if judge is None:
+            return None
+        if not is_classifier(teacher.config):
+            problems.add(
+                f"the teacher {teacher.source} is a {type(judge).__name__}, which has no logits for a whole text: "
+                "train it with method labels first, or take task: language-modelling."
+            )
+            return None
+        names = class_names(judge)
+    tokenizer = problems.tried(lambda: tokenizer_of(origin))
+    if tokenizer is None:
+        return None
+    made = problems.tried(lambda: with_classes(_shell(student), names, tokenizer.pad_token_id))
+    return None if made is None else Student(made, origin, start, layers, has_new_head=True)
+
+
+def _shell(student: Student) -> Checkpoint:
+    return Checkpoint(student.origin.folder, dict(student.config), student.origin.tensors, student.origin.source)
+
+
+def _objective(
+    settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: _Problems
+) -> Objective | None:
+    model = skeleton(_shell(student))
+    predicts = _predicts(model)
+    if predicts is None:
+        problems.add(
+            f"{student.origin.source} is a {type(model).__name__}, which has neither classes nor tokens to predict: "
+            "give labelled data, or a model with a head."
+        )
+        return None
+    if not isinstance(settings, Logits) or teacher is None:
+        return Objective(predicts)
+    judge = problems.tried(lambda: skeleton(teacher))
+    if judge is None:
+        return None
+    if _predicts(judge) != predicts:
+        problems.add(
+            f"the teacher {teacher.source} is a {type(judge).__name__} and the student a {type(model).__name__}: both "
+            "must predict the same."
+        )
+        return None
+    if predicts == "class" and [one.casefold() for one in class_names(judge)] != [
+        one.casefold() for one in class_names(model)
+    ]:
+        problems.add(
+            f"the teacher's classes are {', '.join(class_names(judge))} and the student's "
+            f"{', '.join(class_names(model))}: name a teacher of the same classes."
+        )
+    layers: tuple[int, ...] = ()
+    if settings.signals:
+        layers = _check_signals(settings, model, judge, problems)
+    return Objective(
+        predicts,
+        alpha=settings.alpha,
+        temperature=settings.temperature,
+        direction=settings.divergence,
+        signals=dict(settings.signals),
+        layers=layers,
+    )
+
+
+def _check_signals(settings: Logits, model: Any, judge: Any, problems: _Problems) -> tuple[int, ...]:
+    unknown = [name for name in settings.signals if name not in SIGNALS]
+    if unknown:
+        problems.add(f"signals names {unknown[0]}, which isn't one; known: {', '.join(SIGNALS)}.")
+        return ()
+    mine, theirs = (one.config.get_text_config() for one in (model, judge))
+    for name in settings.signals:
+        signal = SIGNALS[name]
+        if signal.reads == "attention" and mine.num_attention_heads != theirs.num_attention_heads:
+            problems.add(
+                f"the signal {name} compares heads, and the student has {mine.num_attention_heads}, the teacher "
+                f"{theirs.num_attention_heads}: leave it out."
+            )
+        if signal.reads in ("hidden", "last") and not signal.projected and mine.hidden_size != theirs.hidden_size:
+            problems.add(
+                f"the signal {name} needs equal widths, and the student has {mine.hidden_size}, the teacher "
+                f"{theirs.hidden_size}: take hidden, which has a projection."
+            )
+    try:
+        return layer_map(mine.num_hidden_layers, theirs.num_hidden_layers, settings.layer_map)
+    except ValueError as error:
+        problems.add(f"{error}: give another layer_map.")
+        return ()
+
+
+def _predicts(model: Any) -> Predicts | None:
+    if is_classifier({"architectures": [type(model).__name__]}):
+        return "class" if class_names(model) else "number"
+    if is_causal(model):
+        return "next-token"
+    return "masked-token" if type(model).__name__.endswith("ForMaskedLM") else None
+
+
+def _check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: _Problems) -> None:
+    """One tokenizer for both models, with what the task needs, and texts no longer than the model takes."""
+    model = skeleton(_shell(student))
+    if settings.max_length is not None and settings.max_length > (limit := longest(model)):
+        problems.add(f"max_length is {settings.max_length}, but the model takes at most {limit} tokens.")
+    tokenizer = problems.tried(lambda: tokenizer_of(student.origin))
+    if tokenizer is None:
+        return
+    if _predicts(model) in ("class", "number") and padding_of(tokenizer, model.config) is None:
+        problems.add(
+            f"{student.origin.source} has no padding token, without which texts can't be learned in batches: set "
+            "pad_token in its tokenizer_config.json."
+        )
+    if _predicts(model) == "masked-token" and tokenizer.mask_token_id is None:
+        problems.add(f"{student.origin.source} has no mask token in its tokenizer, so no tokens can be hidden.")
+    if teacher is None or teacher.folder == student.origin.folder:
+        return
+    other = problems.tried(lambda: tokenizer_of(teacher))
+    if other is None:
+        return
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if mine != theirs:
+        token = min(
+            (token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)),
+            key=lambda token: min(one.get(token, 1 << 60) for one in (mine, theirs)),
+        )
+        problems.add(
+            f"the teacher {teacher.source} and the student speak of other tokens: {token!r} is "
+            f"{theirs.get(token, 'missing')} for the teacher and {mine.get(token, 'missing')} for the student; name a "
+            "teacher with the student's tokenizer."
+        )
+
+
+def _memory(
+    settings: DistillSettings, student: Student, result: Checkpoint, teacher: Checkpoint | None, *, length: int
+) -> int:
+    """Bytes: weights, gradients and two moments in fp32, the teacher, and activations of one batch."""
+    config = skeleton(_shell(student)).config.get_text_config()
+    tokens = settings.train_batch_size * length
+    wide = 18 * config.hidden_size + 3 * config.num_attention_heads * length
+    activations = 4 * tokens * wide * config.num_hidden_layers
+    if not is_classifier(student.config):
+        activations += 12 * tokens * config.vocab_size * (1 if teacher is None else 2)
+    return int(BASE_BYTES + 16 * parameters_of(result) + 4 * (parameters_of(teacher) if teacher else 0) + activations)
+
+
+def _notes(settings: DistillSettings, student: Student, teacher: Checkpoint | None, data: Data) -> list[str]:
+    notes = []
+    if student.has_new_head:
+        count = len(student.config["id2label"])
+        notes.append(f"{student.origin.source} gets a new classifier of {count} outputs, with random weights")
+    if teacher is not None and data.count is not None and not data.is_labelled:
+        notes.append(f"{data.source} has no labels: only the teacher is learned from")
+    return notes

@@ -1,0 +1,228 @@
+"""The model that is trained: what its config.json says, where its weights come from, and how they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from modelzip.checkpoints.blocks import find_structure, skeleton
+from modelzip.checkpoints.errors import CheckpointError
+from modelzip.checkpoints.headers import TensorInfo
+from modelzip.checkpoints.index import DTYPES, Checkpoint
+
+CLASSIFIER: Final = "ForSequenceClassification"
+_SPELLINGS: Final = {dtype: spelling for spelling, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """config: its config.json. origin: the checkpoint that its weights come from.
+
+    start: whole: all of the origin's weights; layers: those of some layers; copy: the leading part of each; random.
+    layers: of the origin, by their places in the student. has_new_head: whether the origin has no classifier.
+    """
+
+    config: Mapping[str, Any]
+    origin: Checkpoint
+    start: Literal["whole", "layers", "copy", "random"] = "whole"
+    layers: tuple[int, ...] = ()
+    has_new_head: bool = False
+
+    def checkpoint(self) -> Checkpoint:
+        """What will be written, as far as headers go: nothing of it can be read yet."""
+        shell = replace(self.origin, config=dict(self.config))
+        tensors = {}
+        for name, tensor in stored(skeleton(shell), dtype=self.origin.dtype).items():
+            nbytes = tensor.numel() * tensor.element_size()
+            spelling = _SPELLINGS[tensor.dtype]
+            tensors[name] = TensorInfo(name, spelling, tuple(tensor.shape), nbytes, self.origin.folder, 0)
+        return replace(shell, tensors=tensors)
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The class that a checkpoint was saved from, or an empty text."""
+    return str((config.get("architectures") or [""])[0])
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether the model gives one row of logits for a whole text."""
+    return architecture(config).endswith(CLASSIFIER)
+
+
+def class_names(model: Any) -> tuple[str, ...]:
+    """A classifier's classes in the order of their ids; empty for one that predicts a number."""
+    config = model.config
+    if config.num_labels == 1 or config.problem_type == "regression":
+        return ()
+    return tuple(str(config.id2label[place]) for place in range(config.num_labels))
+
+
+def with_classes(checkpoint: Checkpoint, names: Sequence[str], padding: int | None) -> dict[str, Any]:
+    """The config of the same model with a classifier for these classes, or for a number if there are none.
+
+    padding: the token that fills short texts. Raises CheckpointError if transformers has no classifier of this kind.
+    """
+    config_class: Any = type(skeleton(checkpoint).config)
+    mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if config_class not in mapping:
+        raise CheckpointError(
+            f"{checkpoint.source} is a {checkpoint.config.get('model_type')} model, for which transformers "
+            f"{transformers.__version__} has no classifier: take task: language-modelling, or another model."
+        )
+    shown = list(names) or ["LABEL_0"]
+    config = {
+        **checkpoint.config,
+        "architectures": [mapping[config_class].__name__],
+        "id2label": {str(place): name for place, name in enumerate(shown)},
+        "label2id": {name: place for place, name in enumerate(shown)},
+        "problem_type": "single_label_classification" if names else "regression",
+    }
+    if padding is not None and config.get("pad_token_id") is None:
+        config["pad_token_id"] = padding
+    return config
+
+
+def with_layers(teacher: Checkpoint, layers: Sequence[int]) -> dict[str, Any]:
+    """The teacher's config with these of its layers. Raises CheckpointError if it hasn't got them."""
+    count = len(_layer_names(teacher))
+    wrong = [layer for layer in layers if layer >= count]
+    if wrong:
+        raise CheckpointError(f"{teacher.source} has the layers 0 to {count - 1}, and none with the number {wrong[0]}.")
+    config_class = type(skeleton(teacher).config)
+    key = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    by_layer = {
+        name: [value[layer] for layer in layers]
+        for name, value in teacher.config.items()
+        if "layer" in name and isinstance(value, list) and len(value) == count
+    }
+    return {**teacher.config, **by_layer, key: len(layers)}
+
+
+def _layer_names(checkpoint: Checkpoint) -> list[str]:
+    """Module paths of the layers. Raises CheckpointError for a model with two stacks of them."""
+    names = [block.name for block in find_structure(skeleton(checkpoint), checkpoint).blocks]
+    stacks = {name.rpartition(".")[0] for name in names}
+    if len(stacks) > 1:
+        raise CheckpointError(
+            f"{checkpoint.source} has {len(stacks)} stacks of layers ({', '.join(sorted(stacks))}), and a subset is "
+            "taken of one: name the student by student_config."
+        )
+    return names
+
+
+def open_student(student: Student, *, seed: int, attention: str | None = None) -> Any:
+    """The student in fp32, ready to be trained; what is random is drawn from the seed.
+
+    attention: transformers' attn_implementation, None for its own choice. Raises CheckpointError if weights lack.
+    """
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed % (1 << 63))
+        model = skeleton(replace(student.origin, config=dict(student.config)))
+        if student.start == "whole":
+            made = _pretrained(type(model), student.origin, model.config, attention, has_new_head=student.has_new_head)
+        else:
+            model_class: Any = type(model)
+            made = model_class._from_config(model.config, dtype=torch.float32, attn_implementation=attention)
+            if student.start != "random":
+                _fill(made, student)
+    made.requires_grad_(True)
+    return made.train()
+
+
+def open_whole(checkpoint: Checkpoint, *, attention: str | None = None) -> Any:
+    """A model to learn from: in fp32, in eval mode, without gradients."""
+    model = skeleton(checkpoint)
+    with _quiet():
+        found = _pretrained(type(model), checkpoint, model.config, attention, has_new_head=False)
+    return found.requires_grad_(False).eval()
+
+
+def _pretrained(model_class: Any, origin: Checkpoint, config: Any, attention: str | None, *, has_new_head: bool) -> Any:
+    model, info = model_class.from_pretrained(
+        origin.folder,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    lacking = [name for name in info["missing_keys"] if not has_new_head or name.startswith(_body(model))]
+    if lacking:
+        raise CheckpointError(f"{origin.source} lacks {sorted(lacking)[0]}, which {model_class.__name__} needs.")
+    return model
+
+
+def _body(model: Any) -> str:
+    """What the names of the layers begin with: a new head, and a pooler that was never trained, are outside."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            return str(name)
+    return str(model.base_model_prefix)
+
+
+def _fill(made: Any, student: Student) -> None:
+    """Copy what fits of the origin's weights into the student."""
+    origin = open_whole(student.origin)
+    weights = origin.state_dict()
+    stack = _layer_names(student.origin)[0].rpartition(".")[0]
+    with torch.no_grad():
+        for name, tensor in made.state_dict().items():
+            source = weights.get(_in_origin(name, stack, student.layers) if student.start == "layers" else name)
+            if source is None or source.ndim != tensor.ndim:
+                continue
+            if any(mine > theirs for mine, theirs in zip(tensor.shape, source.shape, strict=True)):
+                continue
+            tensor.copy_(source[tuple(slice(size) for size in tensor.shape)])
+
+
+def _in_origin(name: str, stack: str, layers: Sequence[int]) -> str:
+    """The name in the origin of a tensor of the student."""
+    if not name.startswith(f"{stack}."):
+        return name
+    place, _, rest = name.removeprefix(f"{stack}.").partition(".")
+    return f"{stack}.{layers[int(place)]}.{rest}"
+
+
+def stored(model: Any, *, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's tensors as a checkpoint holds them: tied ones once, under transformers' names, floats in `dtype`.
+
+    state: the model's state dict where it lies elsewhere, in another process for example.
+    """
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    whole = model.state_dict() if state is None else state
+    kept = {name: tensor for name, tensor in whole.items() if name not in tied}
+    vars(model).pop("_weight_conversions", None)  # named as for a model made from scratch, whatever the input's names
+    found = revert_weight_conversion(model, kept)
+    return {
+        name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in found.items()
+    }
+
+
+def parameters_of(checkpoint: Checkpoint) -> int:
+    """How many numbers a checkpoint holds."""
+    return sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers says while it loads."""
+    log: Any = transformers.utils.logging
+    level, shows_bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if shows_bar:
+            log.enable_progress_bar()

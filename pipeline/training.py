@@ -1,0 +1,268 @@
+"""One stage of the training engine: from a checkpoint to a checkpoint, by transformers' Trainer.
+
+Started by `accelerate launch`, every process runs this; one of them writes and speaks. The trainer's own checkpoints
+lie in the workspace of the hidden folder beside the target, so a killed run goes on after the last of them, on the
+same curve and to the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import TrainerCallback
+
+from modelzip.checkpoints.blocks import skeleton
+from modelzip.checkpoints.errors import CheckpointError, RecipeError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.target import workspace_of
+from modelzip.checkpoints.writer import CheckpointWriter
+from modelzip.recipes.match import matches
+
+from .calibrate import tokenizer_of
+from .context import Context
+from .identity import PROVENANCE, header_hash
+from .text import Windows
+from .train import ranks
+from .train.data import Data, masking_of, material_of
+from .train.lesson import Lesson
+from .train.material import Material, Padding, padding_of
+from .train.plan import TrainingPlan, plan_training
+from .train.rhythm import Beat, best_row, last_checkpoint
+from .train.student import Student, open_student, open_whole, stored
+from .train.trainer import Course, Learned, train
+
+__all__ = ["TrainingPlan", "plan_training", "run_training", "training_fingerprint", "training_section"]
+
+PART: Final = "student"
+"""The writer's part that holds the trained weights."""
+
+
+@dataclass(frozen=True)
+class _Lessons:
+    """Tokens to learn from and to measure on, and what had to be cut."""
+
+    material: Material
+    measured: Material | None
+    notes: tuple[str, ...]
+
+
+def training_fingerprint(context: Context, plan: TrainingPlan) -> str:
+    """What a resumed stage must share with the interrupted one: data, teacher and number of processes among it."""
+    of = [plan.data.sha256(), plan.validation.sha256() if plan.validation else "", ranks.count()]
+    of.append(header_hash(plan.teacher) if plan.teacher else "")
+    return context.fingerprint + hashlib.sha256(json.dumps(of).encode()).hexdigest()
+
+
+def run_training(
+    plan: TrainingPlan,
+    source: Checkpoint,
+    *,
+    target: Path,
+    describe: Callable[[dict[str, Any]], bytes],
+    overwrite: bool,
+    resume: bool,
+    context: Context,
+    windows: Windows | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Train what the plan names and publish it at `target`; returns the record, with the loss curve.
+
+    source: the checkpoint that was planned on, its weights there by now. describe: makes modelzip.json from the
+    record. windows: aren't looked at. callbacks: a method's own schedule. Every process gets the record, when the
+    output is there. Raises what the writer raises, RecipeError if the loss is no number any more.
+    """
+    ranks.join(context.device)
+    student = _on(plan.student, plan, source)
+    with _writing(plan, student.origin, target, overwrite=overwrite, resume=resume, context=context) as writer:
+        record = ranks.told(writer.done[PART]["training"] if writer and PART in writer.done else None)
+        if record is None:
+            learned, record = _learned(plan, student, target=target, context=context, callbacks=callbacks)
+            if writer:
+                _write(writer, student, learned, record)
+        if writer:
+            config = {key: value for key, value in student.config.items() if key != "quantization_config"}
+            writer.finish(config=config, files={PROVENANCE: describe(record)})
+        ranks.wait()
+    return dict(record)
+
+
+def training_section(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The report's plain data: the curve, its best measurement and what was kept."""
+    curve = record["curve"]
+    measured = [row for row in curve if "eval_loss" in row]
+    best = best_row(curve, record["keep"] if record["keep"] != "last" else "loss")
+    kept = next((row for row in reversed(measured) if row["step"] <= record["kept_step"]), None)
+    names = ("step", "eval_loss", "accuracy")
+    return {
+        "method": record["method"],
+        "task": record["task"],
+        "teacher": record["teacher"],
+        "data": record["data"],
+        "steps": record["steps"],
+        "epochs": curve[-1]["epoch"] if curve else 0.0,
+        "stopped_early": record["stopped_early"],
+        "first_loss": curve[0]["loss"] if curve else None,
+        "last_loss": curve[-1]["loss"] if curve else None,
+        "best": None if best is None else {name: best[name] for name in names if name in best},
+        "kept": None if kept is None else {name: kept[name] for name in names if name in kept},
+        "curve": curve,
+    }
+
+
+def _on(student: Student, plan: TrainingPlan, source: Checkpoint) -> Student:
+    """The planned student, with the weights that are there now in place of headers that were foreseen."""
+    if plan.teacher is not None and student.origin is plan.teacher:
+        return student
+    return Student(student.config, source, student.start, student.layers, student.has_new_head)
+
+
+@contextmanager
+def _writing(
+    plan: TrainingPlan, origin: Checkpoint, target: Path, *, overwrite: bool, resume: bool, context: Context
+) -> Iterator[CheckpointWriter | None]:
+    """The writer in the main process, None in all others, which go on when it has prepared the folder."""
+    if not ranks.is_main():
+        ranks.wait()
+        yield None
+        return
+    fingerprint = training_fingerprint(context, plan)
+    with CheckpointWriter.open(
+        target, source=origin, fingerprint=fingerprint, overwrite=overwrite, resume=resume
+    ) as writer:
+        ranks.wait()
+        yield writer
+
+
+def _learned(
+    plan: TrainingPlan, student: Student, *, target: Path, context: Context, callbacks: Sequence[TrainerCallback]
+) -> tuple[Learned, dict[str, Any]]:
+    """Train, and say how it went."""
+    settings, seed = plan.settings, context.recipe.seed
+    lesson = _lesson(plan, student, seed=seed)
+    lessons = _tokens(plan, student, lesson, seed=seed)
+    steps = _steps(plan, len(lessons.material))
+    epoch = max(1, math.ceil(len(lessons.material) / _batch(plan)))
+    beat = Beat(
+        log=settings.log_every,
+        save=settings.save_every,
+        measure=None if lessons.measured is None else settings.eval_every or epoch,
+        patience=settings.early_stopping,
+        keep=settings.kept,
+    )
+    work = workspace_of(target)
+    resume_from = ranks.told(last_checkpoint(work) if ranks.is_main() else None)
+    learned = train(
+        lesson,
+        Course(settings, steps, beat, seed, context.device),
+        material=lessons.material,
+        measured=lessons.measured,
+        work=work,
+        resume_from=resume_from,
+        progress=ranks.voice(context.progress),
+        callbacks=[*_boards(plan), *callbacks],
+    )
+    record = {
+        "method": settings.method,
+        "task": plan.objective.predicts,
+        "teacher": None if plan.teacher is None else plan.teacher.source,
+        "data": _described(plan.data, len(lessons.material)),
+        "validation": None
+        if plan.validation is None or lessons.measured is None
+        else _described(plan.validation, len(lessons.measured)),
+        "steps": learned.steps,
+        "planned_steps": steps,
+        "processes": ranks.count(),
+        "keep": settings.kept,
+        "kept_step": learned.kept,
+        "stopped_early": learned.stopped_early,
+        "curve": learned.curve,
+        "notes": list(lessons.notes),
+    }
+    return learned, record
+
+
+def _described(data: Data, count: int) -> dict[str, Any]:
+    return {"source": data.source, "examples": count, "sha256": data.sha256()}
+
+
+def _batch(plan: TrainingPlan) -> int:
+    """Examples that one step of the optimizer sees, in all processes."""
+    return plan.settings.train_batch_size * plan.settings.gradient_accumulation * ranks.count()
+
+
+def _steps(plan: TrainingPlan, examples: int) -> int:
+    """Steps of the optimizer: as many as were asked for, or as the epochs have."""
+    settings = plan.settings
+    if settings.max_steps is not None:
+        return settings.max_steps
+    batches = math.ceil(examples / (settings.train_batch_size * ranks.count()))
+    return max(1, math.ceil(settings.epochs * math.ceil(batches / settings.gradient_accumulation)))
+
+
+def _lesson(plan: TrainingPlan, student: Student, *, seed: int) -> Lesson:
+    attention = "eager" if "attention" in plan.objective.reads else None
+    model = open_student(student, seed=seed, attention=attention)
+    for name, module in model.named_modules():
+        if any(matches(pattern, name) for pattern in plan.frozen):
+            module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError("Nothing is left to train: every module is ignored.")
+    teacher = None if plan.teacher is None else open_whole(plan.teacher, attention=attention)
+    return Lesson(model, plan.objective, teacher=teacher, seed=seed)
+
+
+def _tokens(plan: TrainingPlan, student: Student, lesson: Lesson, *, seed: int) -> _Lessons:
+    tokenizer = tokenizer_of(student.origin)
+    predicts = plan.objective.predicts
+    padding = padding_of(tokenizer, lesson.config) or Padding(0, 0, "right")
+    masking = masking_of(tokenizer, len(tokenizer), seed) if predicts == "masked-token" else None
+    made: list[Material | None] = []
+    notes: list[str] = []
+    for data in (plan.data, plan.validation):
+        if data is None:
+            made.append(None)
+            continue
+        material, note = material_of(
+            data,
+            tokenizer,
+            predicts=predicts,
+            padding=padding,
+            max_length=plan.max_length,
+            masking=masking,
+        )
+        made.append(material)
+        notes += [note] if note else []
+    first, second = made
+    assert first is not None
+    return _Lessons(first, second, tuple(notes))
+
+
+def _write(writer: CheckpointWriter, student: Student, learned: Learned, record: dict[str, Any]) -> None:
+    """The student's tensors take the place of all that its origin has."""
+    model = _named(student)
+    tensors = stored(model, dtype=student.origin.dtype, state=learned.state)
+    planned = student.checkpoint().tensors
+    if tensors.keys() != planned.keys():
+        strange = sorted(tensors.keys() ^ planned.keys())[0]
+        raise CheckpointError(f"{strange} was planned or trained, but not both; nothing was written.")
+    writer.write_part(PART, tensors, replaces=student.origin.tensors, record={"training": record})
+
+
+def _named(student: Student) -> Any:
+    """The student's skeleton, for its names."""
+    return skeleton(Checkpoint(student.origin.folder, dict(student.config), {}, student.origin.source))
+
+
+def _boards(plan: TrainingPlan) -> list[TrainerCallback]:
+    if not plan.settings.tensorboard or not ranks.is_main():
+        return []
+    from .train.board import Board
+
+    return [Board(plan.output.with_name(f"{plan.output.name}.tensorboard"))]
