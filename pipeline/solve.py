@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modelzip.compressors.factorize.statistics import factor_hessian
 from modelzip.compressors.layer import LayerTask, UnsuitableError
-from modelzip.compressors.methods import FALLBACKS
+from modelzip.compressors.methods import FALLBACK
 from modelzip.compressors.settings import MethodSettings
 from modelzip.weights.low_rank import LowRank
 from modelzip.weights.sparse import Sparse
@@ -76,9 +76,10 @@ def solve(
     try:
         return _solve(task, statistic)
     except UnsuitableError as error:
-        plain = FALLBACKS[type(settings)](settings)
-        if plain is None:
+        plainer = FALLBACK.get(type(settings))
+        if plainer is None:
             return Solved(None, settings.method, str(error), None)
+        plain = plainer(settings)
         task = LayerTask(weight, plain, job.dtype, generator, kept=kept)
         return Solved(method_of(plain).compress(task), plain.method, str(error), None)
 

@@ -1,4 +1,6 @@
-"""Compressed weights. Importing this package teaches `AutoModel.from_pretrained` to open modelzip's own layout."""
+"""Compressed weights. Importing this package teaches `AutoModel.from_pretrained` to open modelzip's own layout and its
+own models.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,18 @@ from .linear import CompressedLinear
 from .low_rank import LowRank
 from .plugin import ModelzipConfig, ModelzipQuantizer
 from .sparse import Sparse
+from .students import BiLstmForSequenceClassification, ExitsForSequenceClassification
 from .tensor_train import TensorTrain
 from .value import CompressedWeight
 
 __all__ = [
     "Affine",
+    "BiLstmForSequenceClassification",
     "CompressedEmbedding",
     "CompressedLinear",
     "CompressedWeight",
     "Dense",
+    "ExitsForSequenceClassification",
     "Kronecker",
     "LowRank",
     "ModelzipConfig",

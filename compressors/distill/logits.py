@@ -55,8 +55,8 @@ def soft_logits(
         student, teacher, kept = student[kept], teacher[kept], None
         if not len(student):
             return student.sum()
-    logs = [torch.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher)]
-    return temperature**2 * divergence(*logs, direction).mean()
+    ours, theirs = (torch.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
+    return temperature**2 * divergence(ours, theirs, direction).mean()
 
 
 def logit_error(student: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:

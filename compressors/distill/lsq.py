@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelzip.weights.affine import Affine
+from modelzip.weights.sparse import Sparse
 
 
 def lsq_start(weight: Tensor, *, bits: int, group_size: int, dtype: torch.dtype) -> Affine:
@@ -57,14 +58,21 @@ class LsqLinear(nn.Module):
     """A linear whose weight is trained on a grid that is learned along with it.
 
     weight: [out, in], kept in fp32 or in what it comes in. start: the first grid, as `rtn` or `lsq_start` gives it for
-    this weight. kept: bool [out, in], False where an entry is zero and stays so; None if nowhere.
+    this weight. kept: bool [out, in], False where an entry is zero and stays so; None if nowhere. pattern: (n, m) if
+    kept holds for at most n of m columns in a row.
     Optimizers should leave `step` and `zero_point` without weight decay: it would shrink the grid.
     """
 
     kept: Tensor | None
 
     def __init__(
-        self, weight: Tensor, start: Affine, bias: Tensor | None = None, *, kept: Tensor | None = None
+        self,
+        weight: Tensor,
+        start: Affine,
+        bias: Tensor | None = None,
+        *,
+        kept: Tensor | None = None,
+        pattern: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = start.shape
@@ -75,6 +83,7 @@ class LsqLinear(nn.Module):
         zero_point = start.zero_point
         self.zero_point = None if zero_point is None else nn.Parameter(zero_point.float())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.pattern = pattern
         self.register_buffer("kept", kept)
 
     def _masked(self) -> Tensor:
@@ -89,12 +98,17 @@ class LsqLinear(nn.Module):
         """x [..., in] -> [..., out]"""
         return F.linear(x, self.rounded().to(x.dtype), self.bias)
 
-    @torch.no_grad()
-    def freeze(self) -> Affine:
+    def freeze(self) -> Affine | Sparse:
         """What the weight has become, in the format of quantization after training; `dense()` equals `rounded()`.
 
-        Entries that aren't kept are zero in it exactly: 0 lies on every grid, and its code is the zero point.
+        With entries that aren't kept, only the codes of the others are stored.
         """
+        affine = self._affine()
+        return affine if self.kept is None else Sparse.of_affine(affine, self.kept, pattern=self.pattern)
+
+    @torch.no_grad()
+    def _affine(self) -> Affine:
+        """All codes; entries that aren't kept are exactly 0, which lies on every grid: its code is the zero point."""
         grouped = self._masked().reshape(self.step.shape[0], self.step.shape[1], -1)
         step = _stored(self.step, self.step_dtype)
         offset = None if self.zero_point is None else _whole(self.zero_point, self.bits)
@@ -133,7 +147,7 @@ class _FakeQuantize(torch.autograd.Function):
         return (codes * step.to(dtype)).float()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, step, offset = ctx.saved_tensors
         lowest, Qp = _range(ctx.bits)
         z = 0.0 if offset is None else offset

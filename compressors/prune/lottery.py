@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-Masks = Mapping[str, Tensor]
+Masks: TypeAlias = Mapping[str, Tensor]
 """bool tensors by the matrices' names, True where a weight is kept."""
 
 
@@ -28,13 +29,23 @@ def round_shares(sparsity: float, *, share: float = 0.2) -> tuple[float, ...]:
     return (share,) * full + ((last,) if last > 1e-9 else ())
 
 
-def next_kept(trained: Mapping[str, Tensor], kept: Masks | None = None, *, share: float = 0.2) -> dict[str, Tensor]:
+def next_kept(
+    trained: Mapping[str, Tensor],
+    kept: Masks | None = None,
+    *,
+    share: float = 0.2,
+    scope: Literal["global", "local"] = "global",
+) -> dict[str, Tensor]:
     """The masks after one more round: the share of the remaining weights that training left smallest is pruned.
 
-    trained: the matrices after training. kept: the masks so far; None: all. Compared over all matrices at once, as
-    Chen et al. do, so that layers become unequally sparse. Exactly round(share · remaining) weights go; of equal ones
-    the first. A pruned weight never returns.
+    trained: the matrices after training. kept: the masks so far; None: all. scope: "global" compares all matrices at
+    once, as Chen et al. do, so that layers become unequally sparse; "local" prunes the same share of each. Exactly
+    round(share · remaining) weights go; of equal ones the first. A pruned weight never returns.
+    Without `kept` it is plain magnitude pruning, which the gradual schedule repeats with a share that grows.
     """
+    if scope == "local":
+        each = [({name: trained[name]}, None if kept is None else {name: kept[name]}) for name in trained]
+        return {name: mask for part in each for name, mask in next_kept(*part, share=share).items()}
     names = list(trained)
     masks = {name: torch.ones_like(trained[name], dtype=torch.bool) if kept is None else kept[name] for name in names}
     sizes = torch.cat([trained[name][masks[name]].detach().float().abs() for name in names])
@@ -45,7 +56,7 @@ def next_kept(trained: Mapping[str, Tensor], kept: Masks | None = None, *, share
         stays = sizes > threshold
         equal = (sizes == threshold).nonzero().flatten()
         stays[equal[count - int((sizes < threshold).sum()) :]] = True
-    parts = stays.split([int(masks[name].sum()) for name in names])
+    parts = torch.split(stays, [int(masks[name].sum()) for name in names])
     return {name: masks[name].masked_scatter(masks[name], part) for name, part in zip(names, parts, strict=True)}
 
 

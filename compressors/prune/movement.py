@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modelzip.weights.sparse import Sparse
+
 Masking: TypeAlias = Literal["top", "threshold"]
 
 
@@ -39,6 +41,7 @@ class MovementLinear(nn.Module):
     movement pruning). The mask's gradient goes straight through to the scores (equation 3 of the paper):
     ∂L/∂S = ∂L/∂(W ⊙ M) ⊙ W, also where the mask is False, so that a pruned weight may come back.
     Scores start at 0; one step of SGD gives S = -lr ∂L/∂(W ⊙ M) ⊙ W (equation 4). The weight's own gradient is masked.
+    dtype: of the stored values at the end, the weight's own without.
     Scores want a learning rate of their own (1e-2 with Adam in the paper) and no weight decay.
     """
 
@@ -49,10 +52,12 @@ class MovementLinear(nn.Module):
         *,
         masking: Masking = "top",
         threshold: float = 0.0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.masking, self.threshold, self.sparsity = masking, threshold, 0.0
+        self.stored_dtype = weight.dtype if dtype is None else dtype
         self.weight = nn.Parameter(weight.detach().clone())
         # Soft scores start above the threshold, so that the whole matrix takes part at first.
         start = 0.0 if masking == "top" else threshold + 1.0
@@ -69,10 +74,9 @@ class MovementLinear(nn.Module):
         return F.linear(x, (self.weight * mask).to(x.dtype), self.bias)
 
     @torch.no_grad()
-    def freeze(self) -> tuple[Tensor, Tensor]:
-        """The pruned weight [out, in], in the weight's dtype, and its mask, bool."""
-        kept = self.kept()
-        return torch.where(kept, self.weight, 0.0), kept
+    def freeze(self) -> Sparse:
+        """The weights that are kept now."""
+        return Sparse.of_dense(self.weight, self.kept(), dtype=self.stored_dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, masking={self.masking}"
@@ -86,5 +90,5 @@ class _StraightThrough(torch.autograd.Function):
         return kept.to(scores.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None

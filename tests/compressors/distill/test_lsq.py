@@ -125,8 +125,10 @@ def test_what_was_pruned_stays_exactly_zero_and_gets_no_gradient(symmetric):
     assert linear.weight.grad[kept].any()
     with torch.no_grad():
         linear.weight.sub_(0.1 * linear.weight.grad + 0.3)
-    assert not linear.freeze().dense()[~kept].any()
-    assert torch.equal(linear.rounded(), linear.freeze().dense())
+    frozen = linear.freeze()
+    assert torch.equal(frozen.kept, kept)
+    assert not linear.rounded()[~kept].any()
+    assert torch.equal(linear.rounded(), frozen.dense())
 
 
 def test_a_state_comes_back_from_a_checkpoint():

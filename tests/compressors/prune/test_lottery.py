@@ -49,6 +49,13 @@ def test_layers_become_unequally_sparse():
     assert shares[1] < 0.2  # measured: 0.12
 
 
+def test_locally_each_matrix_loses_the_same_share():
+    kept = next_kept(_weights(), share=0.5, scope="local")
+    assert [float(mask.float().mean()) for mask in kept.values()] == [0.5, 0.5]
+    again = next_kept(_weights(1), kept, share=0.5, scope="local")
+    assert [float(mask.float().mean()) for mask in again.values()] == [0.25, 0.25]
+
+
 def test_among_equal_weights_exactly_as_many_go_as_should():
     trained = {"a": torch.ones(3, 3), "b": torch.ones(1)}
     kept = next_kept(trained, share=0.4)
