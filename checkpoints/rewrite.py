@@ -19,18 +19,23 @@ from .writer import CheckpointWriter
 
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of one tensor: of `source`, along each dimension these entries in this order (int64)."""
+    """What becomes of one tensor: of `source`, along each dimension these entries in this order (int64).
+
+    transposed: the two dimensions are exchanged, after that.
+    """
 
     source: str
     index: Mapping[int, Tensor] = field(default_factory=dict)
+    transposed: bool = False
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(len(self.index[dim]) if dim in self.index else size for dim, size in enumerate(before))
+        after = tuple(len(self.index[dim]) if dim in self.index else size for dim, size in enumerate(before))
+        return after[::-1] if self.transposed else after
 
     def apply(self, tensor: Tensor) -> Tensor:
         for dim, index in self.index.items():
             tensor = tensor.index_select(dim, index)
-        return tensor.contiguous()
+        return (tensor.T if self.transposed else tensor).contiguous()
 
 
 @dataclass(frozen=True)

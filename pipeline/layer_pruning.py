@@ -18,8 +18,8 @@ from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.compressors.prune.structural import every_other, least_influential
 from modelzip.compressors.prune.structural_settings import Layers
 from modelzip.recipes.schema import Recipe
+from modelzip.weights.attributes import ATTRIBUTES
 from modelzip.weights.layouts import MODELZIP
-from modelzip.weights.resize import ATTRIBUTES
 
 from .calibrate import batches, forward_inputs
 from .context import Context
@@ -198,7 +198,7 @@ def _config(model: Any, checkpoint: Checkpoint, stack: _Stack, kept: Sequence[in
         moved = {
             key: _renamed(quantization[key], stack.path, kept) for key in ("modules", ATTRIBUTES) if key in quantization
         }
-        config["quantization_config"] = {**quantization, **moved}
+        config["quantization_config"] = {**quantization, **moved, **_renamed_shared(quantization, stack, kept)}
     return config
 
 
@@ -213,6 +213,19 @@ def _renamed(entries: Mapping[str, Any], path: str, kept: Sequence[int]) -> dict
         elif old in new:
             found[f"{path}.{new[old]}.{rest}"] = value
     return found
+
+
+def _renamed_shared(quantization: Mapping[str, Any], stack: _Stack, kept: Sequence[int]) -> dict[str, Any]:
+    """The tensors that are stored once, those of layers under their new numbers."""
+    if "shared" not in quantization:
+        return {}
+    found = {}
+    for target, owner in _renamed(quantization["shared"], stack.path, kept).items():
+        (renamed,) = _renamed({owner: ""}, stack.path, kept) or (None,)
+        if renamed is None:
+            raise CheckpointError(f"{target} is shared with {owner}, which is in a layer that would go")
+        found[target] = renamed
+    return {"shared": found}
 
 
 def _headers(checkpoint: Checkpoint) -> tuple[Any, NameMap, Structure]:
@@ -265,8 +278,8 @@ def _notes(settings: Layers, checkpoint: Checkpoint, kept: Sequence[int]) -> tup
     layers = len(_stack(settings, model, names, structure).blocks)
     if settings.count is not None:
         note = f"{settings.count} of {layers} layers go, chosen by {settings.criterion} once they are measured"
-        whole = ("the whole model is in memory while they are",) if settings.criterion == "greedy" else ()
-        return (note, *whole)
+        is_whole = settings.criterion == "greedy"
+        return (note, "the whole model is in memory while they are") if is_whole else (note,)
     gone = ", ".join(str(layer) for layer in range(layers) if layer not in kept)
     return (f"{layers - len(kept)} of {layers} layers go: {gone}",)
 

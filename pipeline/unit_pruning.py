@@ -18,8 +18,10 @@ from modelzip.checkpoints.units import Axis, Units, find_heads, find_neurons, in
 from modelzip.compressors.prune.structural import Kept, choose, magnitudes, normalised
 from modelzip.compressors.prune.structural_settings import Heads, Neurons, UnitSettings
 from modelzip.recipes.schema import Recipe
-from modelzip.weights.layouts import MODELZIP, VERSION
-from modelzip.weights.resize import ATTRIBUTES, COUNTS, DENSE, DERIVED
+from modelzip.weights.attributes import ATTRIBUTES, COUNTS, DERIVED
+from modelzip.weights.dense import Dense
+from modelzip.weights.layouts import MODELZIP, quantization_config
+from modelzip.weights.value import dtype_name
 
 from .context import Context
 from .importance import importance
@@ -116,7 +118,7 @@ def _magnitudes(settings: UnitSettings, checkpoint: Checkpoint) -> tuple[list[Un
     found = _Model(settings, checkpoint)
     scores = []
     for units in found.units:
-        weights = []
+        weights: list[Tensor] = []
         for piece in (piece for piece in units.pieces if piece.parameter.endswith(".weight")):
             source = found.names.source(piece.parameter)
             assert source is not None
@@ -154,7 +156,7 @@ def build_units(settings: UnitSettings, checkpoint: Checkpoint, kept: Sequence[K
         raise ProblemsError(
             [f"config.json of {checkpoint.source} can't say what is left; take the scope uniform, or another share"]
         )
-    resized = replace(rewrite, config=_resized_config(found, kept, rewrite, checkpoint))
+    resized = _resized(found, kept, rewrite, checkpoint)
     if problem := opens(expected(resized, checkpoint)):
         raise CheckpointError(problem)
     return resized
@@ -182,23 +184,30 @@ def _plain_config(
     return with_number(config, known, known.get("head_dim", "head_dim"), found.units[0].width)
 
 
-def _resized_config(found: _Model, kept: Sequence[Kept], rewrite: Rewrite, checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json as it was, with the sizes of the linears that differ from what it says."""
-    before = checkpoint.quantization or {"quant_method": MODELZIP, "version": VERSION, "modules": {}}
+def _resized(found: _Model, kept: Sequence[Kept], rewrite: Rewrite, checkpoint: Checkpoint) -> Rewrite:
+    """Config.json as it was, with the sizes of the linears that differ from what it says, which then lie [out, in]."""
+    before = checkpoint.quantization or quantization_config({}, layout=MODELZIP, linears=[])
     modules: dict[str, Any] = dict(before["modules"])
     attributes: dict[str, Any] = dict(before.get(ATTRIBUTES, {}))
-    after = expected(rewrite, checkpoint).tensors
-    linears = {linear.name: linear for block in found.structure.blocks for linear in block.linears}
+    turned = {
+        str(found.names.source(f"{linear.name}.weight"))
+        for block in found.structure.blocks
+        for linear in block.linears
+        if linear.transposed
+    }
+    parts = {
+        part: {name: replace(cut, transposed=name in turned) for name, cut in cuts.items()}
+        for part, cuts in rewrite.parts.items()
+    }
+    after = expected(replace(rewrite, parts=parts), checkpoint).tensors
     for units, one in zip(found.units, kept, strict=True):
         for name in units.resized:
             info = after[str(found.names.source(f"{name}.weight"))]
-            shape = info.shape[::-1] if linears[name].transposed else info.shape
-            dtype = str(DTYPES[info.dtype]).removeprefix("torch.")
-            modules[name] = {"kind": DENSE, "shape": list(shape), "dtype": dtype}
+            modules[name] = {"kind": Dense.kind, "shape": list(info.shape), "dtype": dtype_name(DTYPES[info.dtype])}
         for name, numbers in _numbers(found.model, units, one).items():
             attributes[name] = {**attributes.get(name, {}), **numbers}
     quantization = {**before, "modules": modules, **({ATTRIBUTES: attributes} if attributes else {})}
-    return {**checkpoint.config, "quantization_config": quantization}
+    return replace(rewrite, parts=parts, config={**checkpoint.config, "quantization_config": quantization})
 
 
 def _numbers(model: nn.Module, units: Units, kept: Kept) -> dict[str, dict[str, int]]:

@@ -13,6 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .attributes import set_attributes
 from .dense import Dense
 from .embedding import embedding_of
 from .kinds import empty
@@ -26,17 +27,24 @@ class ModelzipConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json.
 
     modules: the meta of each compressed module's weight, by the module's name. shared: parameters and parts of
-    compressed modules that aren't stored, each with the one that it is.
+    compressed modules that aren't stored, each with the one that it is. attributes: numbers of heads that modules keep,
+    where they aren't config.json's.
     """
 
     def __init__(
-        self, modules: Mapping[str, Any], shared: Mapping[str, str] | None = None, version: int = VERSION, **_: Any
+        self,
+        modules: Mapping[str, Any],
+        shared: Mapping[str, str] | None = None,
+        version: int = VERSION,
+        attributes: Mapping[str, Mapping[str, int]] | None = None,
+        **_: Any,
     ) -> None:
         check_version(version)
         self.quant_method = MODELZIP  # type: ignore[assignment]
         self.version = version
         self.modules = dict(modules)
         self.shared = dict(shared or {})
+        self.attributes = dict(attributes or {})
 
 
 @register_quantizer(MODELZIP)
@@ -64,6 +72,7 @@ class ModelzipQuantizer(HfQuantizer):
             setattr(model.get_submodule(parent), leaf, module)
             if isinstance(module, CompressedModule):
                 compressed.add(f"{path}.weight")
+        set_attributes(model, config.attributes)
         _drop_ties(model, compressed)
         _tie(model, config.shared)
 
