@@ -21,7 +21,7 @@ def test_it_looks_up_rows_of_the_dense_table(weights_of_all_kinds):
         module = embedding_of(weight, nn.Embedding(24, 48, padding_idx=2))
         truth = weight.dense()[IDS]
         assert module.padding_idx == 2
-        assert float((module(IDS) - truth).norm() / truth.norm()) < 1e-6, name  # measured: 1.3e-7
+        assert float((module(IDS) - truth).norm() / truth.norm()) < 1e-6, name  # measured: 8.2e-8
         assert isinstance(module, nn.Embedding) == (weight.kind == "dense")
 
 
