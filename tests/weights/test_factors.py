@@ -23,7 +23,7 @@ def test_a_low_rank_weight_is_the_product_of_its_factors(random_weight):
     weight = LowRank(Dense(left), right)
     assert (weight.shape, weight.rank) == ((6, 16), 3)
     truth = left.double() @ right.dense(torch.float64)
-    assert float((weight.dense() - truth).norm() / truth.norm()) < 1e-6  # measured: 9e-8
+    assert float((weight.dense() - truth).norm() / truth.norm()) < 1e-6  # measured: 3.5e-8
     assert weight.tensors().keys() == {"weight_left", "weight_right_packed", "weight_right_shape"} | {
         f"weight_right_{name}" for name in ("scale", "zero_point")
     }
