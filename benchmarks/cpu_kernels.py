@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from modelzip.checkpoints.memory import keep_freed
-from modelzip.kernels.obs_columns import Grid, obs_columns
 from modelzip.kernels.mixed_linear import mixed_linear
+from modelzip.kernels.obs_columns import Grid, obs_columns
 from modelzip.kernels.rounding_errors import rounding_errors
 from modelzip.kernels.second_moment import add_second_moment
 from modelzip.pipeline.environment import environment

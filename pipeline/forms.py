@@ -62,7 +62,9 @@ def described(weight: CompressedWeight) -> str:
     """A few words for the plan and the report, such as `4 bit, group 64` or `2:4`."""
     match weight:
         case Affine():
-            group = f"group {weight.group_size}" if weight.strategy == "group" else f"one scale a {_ROWS[weight.strategy]}"
+            group = (
+                f"group {weight.group_size}" if weight.strategy == "group" else f"one scale a {_ROWS[weight.strategy]}"
+            )
             return f"{weight.bits} bit, {group}"
         case Sparse():
             kept = weight.count / (weight.shape[0] * weight.shape[1])

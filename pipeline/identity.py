@@ -47,7 +47,9 @@ def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def provenance_of(recipe: Recipe, checkpoint: Checkpoint, fingerprint: str, stages: Sequence[Mapping[str, Any]]) -> bytes:
+def provenance_of(
+    recipe: Recipe, checkpoint: Checkpoint, fingerprint: str, stages: Sequence[Mapping[str, Any]]
+) -> bytes:
     """modelzip.json: how the output was made. It holds no times and no paths of the output, so it is reproducible.
 
     stages: what each stage so far recorded.

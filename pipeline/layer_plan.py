@@ -24,7 +24,7 @@ from modelzip.compressors.settings import MethodSettings
 from modelzip.recipes.match import matches, settings_for, unmatched
 from modelzip.recipes.schema import Stage
 from modelzip.weights.dense import Dense
-from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, quantization_config, stored
+from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, decoder, quantization_config, stored
 from modelzip.weights.value import CompressedWeight
 
 from .forms import described, expected, fitted, taken_group
@@ -152,6 +152,12 @@ def weights_now(checkpoint: Checkpoint, structure: Structure, names: NameMap) ->
     Raises CheckpointError for layouts that modelzip doesn't read.
     """
     config = checkpoint.quantization
+    try:
+        decoder(config or {"quant_method": MODELZIP, "modules": {}})
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.source} is already {error}, which modelzip can't take as input: give the original model."
+        ) from None
     found: dict[str, CompressedWeight] = {}
     for linear in (linear for block in structure.blocks for linear in block.linears):
         parts = names.parts(linear.name)
@@ -159,13 +165,7 @@ def weights_now(checkpoint: Checkpoint, structure: Structure, names: NameMap) ->
             assert config is not None
             shapes = {suffix: checkpoint.tensors[name] for suffix, name in parts.items()}
             empty = {s: torch.empty(t.shape, dtype=DTYPES[t.dtype], device="meta") for s, t in shapes.items()}
-            try:
-                found[linear.name] = stored(config, linear.name, empty, linear.shape)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{checkpoint.source} is already {error}, which modelzip can't take as input: give the original "
-                    "model."
-                ) from None
+            found[linear.name] = stored(config, linear.name, empty, linear.shape)
         else:
             dtype = DTYPES[checkpoint.tensors[linear.tensor].dtype]
             found[linear.name] = Dense(torch.empty(linear.shape, dtype=dtype, device="meta"))
@@ -206,7 +206,7 @@ def _modules(
     again = [name for name in refused if now[name].kind != "dense"]
     if again:
         problems.append(
-            f"{where}: {again[0]}{_others(again)} {refused[again[0]]}: give the original model, or leave what is "
+            f"{where}: {again[0]}{_others(again)}: {refused[again[0]]}; give the original model, or leave what is "
             "compressed out with --ignore."
         )
     elif not modules:
@@ -256,9 +256,7 @@ def _sizer(
     return lambda settings: at(settings, found)
 
 
-def _result(
-    checkpoint: Checkpoint, modules: list[ModulePlan], weights: Mapping[str, CompressedWeight]
-) -> Checkpoint:
+def _result(checkpoint: Checkpoint, modules: list[ModulePlan], weights: Mapping[str, CompressedWeight]) -> Checkpoint:
     """The checkpoint that will be there, from its headers."""
     names_of = {dtype: name for name, dtype in DTYPES.items()}
     replaced = {name for module in modules for name in module.replaces}

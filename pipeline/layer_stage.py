@@ -14,6 +14,7 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.checkpoints.target import partial_of
 from modelzip.checkpoints.writer import CheckpointWriter
+from modelzip.weights.dense import Dense
 from modelzip.weights.layouts import MODELZIP, quantization_config
 
 from .calibrate import batches, forward_inputs
@@ -84,8 +85,9 @@ def _quantization(
     metas |= {name: record["weight"] for name, record in records.items() if record["weight"] is not None}
     before = source.quantization or {}
     own = before if before.get("quant_method") == MODELZIP else {"modules": {}, "shared": {}}
-    metas = {**own["modules"], **{name: meta for name, meta in metas.items() if meta["kind"] != "dense"}}
+    metas = {**own["modules"], **{name: meta for name, meta in metas.items() if meta["kind"] != Dense.kind}}
     if not metas:
         return None
     linears = [name for name, module in streamed.model.named_modules() if isinstance(module, nn.Linear)]
-    return quantization_config(metas, layout=plan.layout, linears=linears, shared=own["shared"])
+    made = quantization_config(metas, layout=plan.layout, linears=linears, shared=own["shared"])
+    return {**own, **made} if plan.layout == MODELZIP else made

@@ -77,7 +77,9 @@ def compress_blocks(
         last = max((i for i, block in enumerate(blocks) if _wanted(block, job)), default=-1)
         for number, block in enumerate(blocks[: last + 1]):
             progress.step(job.kind, number, len(blocks), block.name)
-            _one_block(job, streamed, block, surveyed=surveyed, walk=walk, writer=writer, clock=clock, is_last=number == last)
+            _one_block(
+                job, streamed, block, surveyed=surveyed, walk=walk, writer=writer, clock=clock, is_last=number == last
+            )
         progress.step(job.kind, len(blocks), len(blocks))
     finally:
         walk.close()
@@ -107,7 +109,12 @@ def _one_block(
     clock.add("read", begin)
     if block.name in writer.done:
         if job.propagate == "compressed":
-            _restore(streamed, [job.targets[one.name] for one in wanted], writer.read_part(block.name), writer.done[block.name])
+            _restore(
+                streamed,
+                [job.targets[one.name] for one in wanted],
+                writer.read_part(block.name),
+                writer.done[block.name],
+            )
     elif wanted:
         work = _BlockWork(job, streamed, surveyed, walk=walk, clock=clock)
         work.run(block, wanted)

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.settings import Engine
-from modelzip.recipes.schema import Recipe, Stage
+from modelzip.recipes.schema import Recipe
 
 from .layer_plan import plan_layers
 from .request import Request

@@ -35,8 +35,8 @@ def choose_layout(
     other = next((weight.kind for weight in weights.values() if not isinstance(weight, Affine)), None)
     if other is not None:
         reason = f"compressed-tensors holds no {other.replace('_', '-')} weights"
-    elif (checkpoint.quantization or {}).get("shared"):
-        reason = "compressed-tensors holds no shared weights"
+    elif reason := _own_layout(checkpoint):
+        pass
     elif not portable((weight.meta() for weight in weights.values()), transposed=transposed):
         reason = "compressed-tensors holds 2, 4 and 8 bits in plain linears, and zero points with one scheme for all"
     elif asked != MODELZIP:
@@ -44,6 +44,16 @@ def choose_layout(
     if asked != "auto":
         return asked, reason
     return MODELZIP if reason else COMPRESSED_TENSORS, reason
+
+
+def _own_layout(checkpoint: Checkpoint) -> str:
+    """What only modelzip's own layout says of the checkpoint as it is, or ""."""
+    config = checkpoint.quantization or {}
+    if config.get("shared"):
+        return "compressed-tensors holds no shared weights"
+    if any(meta["kind"] != Affine.kind for meta in config.get("modules", {}).values()):
+        return "compressed-tensors holds no linears of other sizes than config.json says"
+    return ""
 
 
 def _obstacle(checkpoint: Checkpoint, names: NameMap, compressed: Iterable[str]) -> str:

@@ -115,10 +115,15 @@ def sample(modules: int = 7, fallbacks: int = 1) -> dict[str, Any]:
 
 
 def fields(schema: dict[str, Any], node: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Every field of a JSON schema: its dotted path (`[]` for members of a list) and its description."""
+    """Every field of a JSON schema: its dotted path (`[]` for members of a list) and its description.
+
+    What a stage's evaluation holds is what the whole run's does, so it is given once.
+    """
     for name, field in node["properties"].items():
         here = f"{path}{name}"
         yield here, field["description"]
+        if here == "stages[].evaluation":
+            continue
         for choice in [field, *field.get("anyOf", [])]:
             for target, mark in ((choice, "."), (choice.get("items", {}), "[].")):
                 if "$ref" in target:

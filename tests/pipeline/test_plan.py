@@ -162,7 +162,7 @@ def test_all_problems_are_told_at_once(saved, recipe_of):
     second = {"method": "gptq", "layout": "compressed-tensors", "bits": 3, "rules": [{"match": "x", "bits": 8}]}
     sentences = told(recipe_of(saved("llama"), first, second))
     starts = ["stages[0].quantize: the pattern", "stages[0].quantize: group_size 32", "stages[1].quantize: the pattern"]
-    starts += ["stages[1].quantize: model.layers.0.self_attn.q_proj (and 13 more) is already quantized by an earlier"]
+    starts += ["stages[1].quantize: model.layers.0.self_attn.q_proj (and 13 more): it is quantized already;"]
     for start in starts:
         assert sum(sentence.startswith(start) for sentence in sentences) == 1, start
     assert all(sentence.endswith(".") and "\n" not in sentence for sentence in sentences)
@@ -184,7 +184,7 @@ def test_an_output_of_our_own_is_refused_as_input(saved, compress, recipe_of, tm
     compress(saved("llama"), tmp_path / "once", {"method": "rtn"})
     (sentence,) = told(recipe_of(tmp_path / "once", {"method": "rtn", "bits": 2}))
     assert sentence == (
-        "quantize: model.layers.0.self_attn.q_proj (and 13 more) is already quantized in the input: give the original "
+        "quantize: model.layers.0.self_attn.q_proj (and 13 more): it is quantized already; give the original "
         "model, or leave what is compressed out with --ignore."
     )
 

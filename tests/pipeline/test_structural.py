@@ -24,7 +24,9 @@ OUTPUT = {  # what each family's heads and neurons are put together by, and the 
     "gpt-neox": ("attention.dense", "mlp.dense_4h_to_h"),
     "distilbert": ("attention.out_lin", "ffn.lin2"),
     "bart": ("attn.out_proj", "fc2"),
-    **dict.fromkeys(("bert", "bert-classifier", "bert-mlm", "minilm", "roberta"), ("attention.output.dense", "output.dense")),
+    **dict.fromkeys(
+        ("bert", "bert-classifier", "bert-mlm", "minilm", "roberta"), ("attention.output.dense", "output.dense")
+    ),
 }
 LLAMA = ("self_attn.o_proj", "mlp.down_proj")
 PLAIN_HEADS = {"llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3"}
@@ -49,7 +51,11 @@ def mask(model: nn.Module, name: str, gone: list[int], width: int) -> None:
 
 def linears_of(model: nn.Module, ending: str) -> list[str]:
     """The blocks' linears of this ending; of BERT's two `output.dense`, only the one that is asked for."""
-    found = [name for name, _ in model.named_modules() if name.endswith(f"{ending}") and ".0." in f"{name}." or name.endswith(ending)]
+    found = [
+        name
+        for name, _ in model.named_modules()
+        if name.endswith(f"{ending}") and ".0." in f"{name}." or name.endswith(ending)
+    ]
     return [name for name in found if ending != "output.dense" or not name.endswith("attention.output.dense")]
 
 

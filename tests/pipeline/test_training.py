@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
-from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.pipeline.clock import Clock
 from modelzip.pipeline.context import Context
 from modelzip.pipeline.identity import fingerprint_of
-from modelzip.pipeline.training import plan_training, run_training, training_section
+from modelzip.pipeline.training import plan_training, run_training
 from modelzip.recipes.load import parse_recipe
 
 QUICK = {"max_steps": 6, "train_batch_size": 8, "learning_rate": 2e-3, "log_every": 2, "warmup": 0.0}

@@ -13,6 +13,7 @@ from modelzip.compressors.quantize.settings import Gptq, Rtn
 from modelzip.recipes.files import library, read_yaml
 from modelzip.recipes.json_schema import recipe_schema
 from modelzip.recipes.load import dump_recipe, load_recipe, parse_recipe
+from modelzip.recipes.schema import STAGES
 
 
 def problems(data: dict, origin: str = "", **more) -> tuple[str, ...]:
@@ -206,7 +207,11 @@ def test_a_shipped_recipes_name_with_a_typo_names_the_nearest():
 
 def test_the_json_schema_describes_the_flat_yaml_with_every_method():
     schema = recipe_schema()
-    methods = schema["properties"]["stages"]["items"]["anyOf"][0]["properties"]["quantize"]["anyOf"]
+    stages = schema["properties"]["stages"]["items"]["anyOf"]
+    kinds = {kind: one for stage in stages for kind, one in stage["properties"].items()}
+    assert kinds.keys() == STAGES.keys()
+    assert all(len(kinds[kind]["anyOf"]) == len(stage.methods) for kind, stage in STAGES.items())
+    methods = kinds["quantize"]["anyOf"]
     assert [one["properties"]["method"]["const"] for one in methods] == list(QUANTIZE)
     assert "order" not in methods[0]["properties"]
     assert methods[1]["properties"]["bits"]["maximum"] == 8
