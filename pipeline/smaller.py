@@ -4,14 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.rewrite import Rewrite
+from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.recipes.schema import Recipe
 
 from .context import Context
 from .text import Windows
+
+
+class WholeSettings(Protocol):
+    """What the engine asks the settings of a structural method."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def needs_data(self) -> bool: ...
+    @property
+    def is_given(self) -> bool: ...
+    def model_dump(self, *, mode: str = ...) -> dict[str, Any]: ...
+    def model_dump_json(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -19,7 +35,8 @@ class StructuralMethod:
     """first: the choice as far as headers and settings tell it; raises ProblemsError or CheckpointError.
 
     build: what the checkpoint becomes by a choice; raises the same. choose: the choice by what the model does; None
-    where `first`'s is final. memory: bytes that all of it needs, beside the interpreter's. notes: for the plan.
+    where `first`'s is final. memory: bytes that all of it needs, beside the interpreter's. notes: for the plan. fill: writes the parts whose tensors take more
+    than the pieces can give, such as a run of the model; gradients are off.
     """
 
     first: Callable[[Any, Checkpoint], Any]
@@ -27,3 +44,4 @@ class StructuralMethod:
     choose: Callable[[Any, Checkpoint, Windows | None, Context], Any] | None
     memory: Callable[[Any, Checkpoint, Recipe], int]
     notes: Callable[[Any, Checkpoint, Any], tuple[str, ...]]
+    fill: Callable[[Any, Checkpoint, Rewrite, CheckpointWriter, Windows | None, Context], None] | None = None
