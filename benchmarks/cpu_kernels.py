@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from modelzip.checkpoints.memory import keep_freed
-from modelzip.kernels.gptq_columns import gptq_columns
 from modelzip.kernels.mixed_linear import mixed_linear
+from modelzip.kernels.obs_columns import Grid, obs_columns
 from modelzip.kernels.rounding_errors import rounding_errors
 from modelzip.kernels.second_moment import add_second_moment
 from modelzip.pipeline.environment import environment
@@ -30,7 +30,7 @@ def columns(block: int, out: int) -> Callable[[], object]:
     """One block of GPTQ's columns, 4 bit."""
     weight, scale, zero = torch.randn(block, out), torch.full((block, out), 0.3), torch.zeros(block, out)
     factor = torch.eye(block) + 0.1 * torch.randn(block, block).triu(1)
-    return lambda: gptq_columns(weight.clone(), factor, scale, zero, bits=4, value_dtype=torch.bfloat16)
+    return lambda: obs_columns(weight.clone(), factor, grid=Grid(scale, zero, 4), value_dtype=torch.bfloat16)
 
 
 def search(out: int, columns: int, grids: int = 24) -> Callable[[], object]:
@@ -53,10 +53,10 @@ def moment(width: int, tokens: int = 2048) -> Callable[[], object]:
 
 
 CASES = {
-    "gptq_columns [128, 192]": columns(128, 192),
-    "gptq_columns [128, 576]": columns(128, 576),
-    "gptq_columns [128, 1536]": columns(128, 1536),
-    "gptq_columns [128, 4096]": columns(128, 4096),
+    "obs_columns [128, 192]": columns(128, 192),
+    "obs_columns [128, 576]": columns(128, 576),
+    "obs_columns [128, 1536]": columns(128, 1536),
+    "obs_columns [128, 4096]": columns(128, 4096),
     "rounding_errors [227, 576] x 24": search(227, 576),
     "rounding_errors [85, 1536] x 24": search(85, 1536),
     "mixed_linear [192, 576]": linear(576, 192),

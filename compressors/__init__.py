@@ -10,15 +10,16 @@ from pydantic import Field
 
 from modelzip.compressors.distill.settings import DistillSettings, Labels
 from modelzip.compressors.factorize.settings import FactorizeSettings, Svd
-from modelzip.compressors.prune.settings import Magnitude
+from modelzip.compressors.prune.settings import Magnitude, PruneSettings, Random, SparseGpt, Wanda
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
-from modelzip.compressors.settings import MethodSettings
 
 QUANTIZE: Final[Mapping[str, type[QuantizeSettings]]] = MappingProxyType({"rtn": Rtn, "gptq": Gptq})
 QuantizeMethod = Annotated[Rtn | Gptq, Field(discriminator="method")]
 
-PRUNE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType({"magnitude": Magnitude})
-PruneMethod = Magnitude
+PRUNE: Final[Mapping[str, type[PruneSettings]]] = MappingProxyType(
+    {"random": Random, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGpt}
+)
+PruneMethod = Annotated[Random | Magnitude | Wanda | SparseGpt, Field(discriminator="method")]
 
 FACTORIZE: Final[Mapping[str, type[FactorizeSettings]]] = MappingProxyType({"svd": Svd})
 FactorizeMethod = Svd

@@ -23,9 +23,9 @@ from modelzip.checkpoints.index import DTYPES
 from modelzip.checkpoints.streamed import StreamedModel, start
 from modelzip.checkpoints.walk import Walk
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.compressors.quantize.gptq import SingularHessianError
-from modelzip.compressors.quantize.methods import METHODS, LayerMethod
-from modelzip.compressors.quantize.settings import QuantizeSettings, Rtn
+from modelzip.compressors.layer import LayerMethod, LayerTask, UnsuitableError
+from modelzip.compressors.methods import FALLBACK, METHODS
+from modelzip.compressors.quantize.settings import QuantizeSettings
 from modelzip.weights.affine import Affine
 
 from .clock import Clock
@@ -195,7 +195,7 @@ class _BlockWork:
             self._compress(linear, shared)
 
     def _statistics(self, linear: Linear, batches: list[int]) -> _Shared | None:
-        if not self._method(linear).hessian:
+        if self._method(linear).statistic != "hessian":
             return None
         begin = time.perf_counter()
         self._walk.settle()
@@ -216,7 +216,7 @@ class _BlockWork:
         settings = self._job.targets[linear.name]
         method, fallback = self._method(linear), None
         prepared = None
-        if method.hessian:
+        if method.prepare is not None:
             if shared is None or shared.tokens == 0:
                 fallback = "no calibration token reached it"
             else:
@@ -225,15 +225,14 @@ class _BlockWork:
                         shared.prepared[settings] = method.prepare(shared.hessian, settings)
                         self._walk.settle()
                     prepared = shared.prepared[settings]
-                except SingularHessianError as error:
+                except UnsuitableError as error:
                     fallback = str(error)
         stored_dtype = self._streamed.checkpoint.tensors[linear.tensor].dtype
         scale_dtype = torch.float32 if stored_dtype == "F64" else DTYPES[stored_dtype]
-        if fallback is None:
-            compressed = method.compress(weight, prepared, settings, scale_dtype)
-        else:
-            plain = Rtn(**settings.model_dump(include=set(Rtn.model_fields) - {"method"}))
-            compressed = METHODS[Rtn].compress(weight, None, plain, scale_dtype)
+        used = settings if fallback is None else FALLBACK[type(settings)](settings)
+        task = LayerTask(weight, used, scale_dtype, torch.Generator(), prepared=prepared)
+        compressed = METHODS[type(used)].compress(task)
+        assert isinstance(compressed, Affine)
         dense = compressed.dense(torch.float32)
         self.done[linear.name] = compressed
         self.records[linear.name] = {
@@ -244,7 +243,7 @@ class _BlockWork:
             "weight_error": float((weight - dense).norm() / weight.norm().clamp(min=1e-30)),
             "error": None if shared is None or shared.tokens == 0 else relative_error(weight, dense, shared.hessian),
             "fallback": fallback,
-            "note": method.note(prepared, settings) if prepared is not None else None,
+            "note": method.note(prepared, settings) if method.note is not None and prepared is not None else None,
         }
         if self._job.propagate == "compressed":
             self._streamed.replace(linear.name, dense)

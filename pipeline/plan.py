@@ -12,7 +12,7 @@ from modelzip.checkpoints.blocks import Linear, Structure, find_structure, skele
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
-from modelzip.compressors.quantize.methods import METHODS
+from modelzip.compressors.methods import METHODS
 from modelzip.compressors.quantize.settings import QuantizeSettings
 from modelzip.recipes.match import matches, settings_for, unmatched
 from modelzip.recipes.schema import Recipe, Stage
@@ -90,7 +90,7 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
         layout, layout_note = _layout(
             stage, done, structure, checkpoint=checkpoint, names=names, where=where, problems=problems
         )
-        needs_data = any(METHODS[type(module.settings)].hessian for module in modules)
+        needs_data = any(METHODS[type(module.settings)].statistic != "none" for module in modules)
         plan = Plan(
             source=checkpoint.source,
             output=output,

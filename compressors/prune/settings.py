@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from modelzip.compressors.quantize.settings import GroupSize
 from modelzip.compressors.settings import MethodSettings
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)] | Literal["2:4", "4:8"]
@@ -20,12 +21,53 @@ class PruneSettings(MethodSettings):
     sparsity: Sparsity = Field(
         default=0.5, description="Share of the weights that become zero, or so many kept of so many in a row: 2:4, 4:8."
     )
+    bits: Annotated[int, Field(ge=2, le=8)] | None = Field(
+        default=None, description="Bits of one kept weight; without, kept weights stay floats."
+    )
+    group_size: GroupSize = Field(
+        default=128,
+        description="With bits, columns that share one scale; channel: one scale a row; tensor: one scale a matrix.",
+    )
+    symmetric: bool = Field(
+        default=True,
+        description="With bits, grid symmetric around zero; off, every group also has a zero point.",
+        json_schema_extra={"negative": "asymmetric"},
+    )
+    clip: Literal["none", "mse"] = Field(
+        default="mse",
+        description="With bits, range of the grid; mse: the one with the least squared error, none: from the smallest "
+        "to the largest weight.",
+    )
+    strict_groups: bool = Field(
+        default=False,
+        description="Stop where group_size doesn't divide a matrix's columns; off, the largest group that fits is "
+        "taken and reported.",
+    )
 
     @property
     def label(self) -> str:
-        """Method and sparsity, such as sparsegpt-50 or wanda-2of4."""
+        """Method, sparsity and bits, such as sparsegpt-50, wanda-2of4 or sparsegpt-50-4bit."""
         share = self.sparsity
-        return f"{self.method}-{share.replace(':', 'of') if isinstance(share, str) else format(100 * share, 'g')}"
+        told = share.replace(":", "of") if isinstance(share, str) else format(100 * share, "g")
+        return f"{self.method}-{told}" + (f"-{self.bits}bit" if self.bits else "")
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(n, m) if n of each m columns in a row are kept."""
+        if not isinstance(self.sparsity, str):
+            return None
+        most, wide = self.sparsity.split(":")
+        return int(most), int(wide)
+
+
+class Random(PruneSettings):
+    """Weights picked by chance become zero."""
+
+    summary: ClassVar[str] = "Set weights to zero by chance: the baseline that every other method must beat."
+    citation: ClassVar[str] = 'Blalock et al. 2020, "What is the State of Neural Network Pruning?", section 7.2'
+    example: ClassVar[str] = "- prune: {method: random, sparsity: 0.1}"
+
+    method: Literal["random"] = Field(default="random", description="Name of the method.")
 
 
 class Magnitude(PruneSettings):
@@ -36,3 +78,82 @@ class Magnitude(PruneSettings):
     example: ClassVar[str] = "- prune: {method: magnitude, sparsity: 0.5}"
 
     method: Literal["magnitude"] = Field(default="magnitude", description="Name of the method.")
+    scope: Literal["local", "global"] = Field(
+        default="local",
+        description="What is compared; local: the weights of one matrix, global: those of all matrices of the stage.",
+    )
+
+    @model_validator(mode="after")
+    def _a_pattern_is_local(self) -> Self:
+        if self.scope == "global" and self.pattern:
+            raise ValueError(f"scope global needs a share of the weights as sparsity, not {self.sparsity}")
+        return self
+
+
+class Wanda(PruneSettings):
+    """The weights become zero that add least to the outputs by themselves."""
+
+    summary: ClassVar[str] = "Set the weights to zero whose size times the size of their input is smallest in a row."
+    citation: ClassVar[str] = 'Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models"'
+    example: ClassVar[str] = "- prune: {method: wanda, sparsity: 0.5}"
+
+    method: Literal["wanda"] = Field(default="wanda", description="Name of the method.")
+    propagate: Literal["compressed", "original"] = Field(
+        default="compressed", description="Which output of a block is the next block's calibration input."
+    )
+
+
+class SparseGpt(PruneSettings):
+    """SparseGPT: column by column, what each column loses spread over the columns still to come."""
+
+    summary: ClassVar[str] = "Prune column by column and make up for each loss in the columns still to come."
+    citation: ClassVar[str] = (
+        'Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot"'
+    )
+    example: ClassVar[str] = '- prune:\n    method: sparsegpt\n    sparsity: "2:4"\n    bits: 4\n    group_size: 64'
+
+    method: Literal["sparsegpt"] = Field(default="sparsegpt", description="Name of the method.")
+    threshold: Literal["matrix", "block"] = Field(
+        default="matrix",
+        description="Where a share is counted; matrix: over all columns still to come, block: in each block alone.",
+    )
+    order: Literal["auto", "rising", "activation", "none"] = Field(
+        default="auto",
+        description="Order of the columns; rising: those with the smallest inputs first, activation: with the largest, "
+        "none: as they are, auto: activation for 2:4, 4:8 and bits, else rising, or none with threshold block.",
+    )
+    block_size: int = Field(
+        default=128, ge=1, description="Columns whose weights are chosen and worked on before the rest is updated."
+    )
+    damping: float = Field(
+        default=0.01, gt=0, lt=1, description="Share of the Hessian's mean diagonal that is added to its diagonal."
+    )
+    max_damping: float = Field(
+        default=1.0, gt=0, le=10, description="Last damping that is tried when the Hessian can't be factored."
+    )
+    propagate: Literal["compressed", "original"] = Field(
+        default="compressed", description="Which output of a block is the next block's calibration input."
+    )
+
+    @model_validator(mode="after")
+    def _ladder_goes_up(self) -> Self:
+        if self.max_damping < self.damping:
+            raise ValueError(f"max_damping ({self.max_damping}) must not be less than damping ({self.damping})")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_hold_whole_groups(self) -> Self:
+        if self.pattern and self.block_size % self.pattern[1]:
+            raise ValueError(
+                f"block_size ({self.block_size}) must be a multiple of {self.pattern[1]} with {self.sparsity}"
+            )
+        return self
+
+    @property
+    def columns_order(self) -> str:
+        """The order, decided: a share goes from little to much use, groups and grids the other way round."""
+        if self.order != "auto":
+            return self.order
+        if self.threshold == "block" and not self.pattern:
+            return "none"
+        return "activation" if self.pattern or self.bits else "rising"

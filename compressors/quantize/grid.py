@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +46,34 @@ class AffineGrid:
         """The compressed weight with these signed codes [out, in]."""
         zero_point = None if self.symmetric else self.zero_point.to(torch.int8)
         return Affine.from_codes(codes, self.scale.to(self.dtype), zero_point, bits=self.bits)
+
+
+class GridSettings(Protocol):
+    """What the settings of methods say of a grid, beside its bits."""
+
+    @property
+    def group_size(self) -> int | str: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def clip(self) -> str: ...
+
+
+def chosen_grid(
+    weight: Tensor, settings: GridSettings, *, bits: int, dtype: torch.dtype, importance: Tensor | None = None
+) -> AffineGrid:
+    """The grid that the settings ask for; their group size must divide the columns. importance: of columns, [in]."""
+    sizes = {"tensor": None, "channel": weight.shape[1]}
+    size = settings.group_size
+    return fit_grid(
+        weight,
+        bits=bits,
+        group_size=size if isinstance(size, int) else sizes[size],
+        symmetric=settings.symmetric,
+        clip=settings.clip,
+        dtype=dtype,
+        importance=importance,
+    )
 
 
 def fit_grid(

@@ -1,9 +1,8 @@
-"""The quantizers, each as the engine sees it: which statistic it needs, and two functions of plain tensors."""
+"""The quantizers, each as the engine sees it: which statistic it needs, and a few functions of plain tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -11,79 +10,83 @@ import torch
 from torch import Tensor
 
 from modelzip.weights.affine import Affine
+from modelzip.weights.dense import Dense
+from modelzip.weights.low_rank import LowRank
+from modelzip.weights.sparse import Sparse
+from modelzip.weights.value import CompressedWeight, dtype_name
 
-from .gptq import InverseFactor, gptq, inverse_factor
-from .grid import AffineGrid, fit_grid
+from ..expected import grid_meta, group_misfit
+from ..layer import LayerMethod, LayerTask
+from ..masks import pattern_of
+from ..obs import InverseFactor, inverse_factor
+from .gptq import gptq
+from .grid import AffineGrid, chosen_grid
 from .rtn import rtn
 from .settings import Gptq, QuantizeSettings, Rtn
 
 
-@dataclass(frozen=True)
-class LayerMethod:
-    """A method that compresses one matrix at a time.
-
-    hessian: whether it needs the mean of x xᵀ over the calibration tokens, [in, in].
-    prepare: what linears with the same input share, made from the Hessian once.
-    compress: weight [out, in], what `prepare` gave, settings, dtype of the scales -> the compressed weight.
-    note: what the report says of a preparation that isn't the ordinary one, or None.
-    """
-
-    hessian: bool
-    prepare: Callable[[Tensor, Any], Any]
-    compress: Callable[[Tensor, Any, Any, torch.dtype], Affine]
-    note: Callable[[Any, Any], str | None]
-
-
-def fitted_grid(
-    weight: Tensor, settings: QuantizeSettings, dtype: torch.dtype, importance: Tensor | None = None
-) -> AffineGrid:
-    """The grid that the settings ask for; their group size must divide the columns. importance: of columns, [in]."""
-    sizes = {"tensor": None, "channel": weight.shape[1]}
-    size = settings.group_size
-    return fit_grid(
-        weight,
-        bits=settings.bits,
-        group_size=size if isinstance(size, int) else sizes[size],
-        symmetric=settings.symmetric,
-        clip=settings.clip,
-        dtype=dtype,
-        importance=importance,
-    )
-
-
-def _no_preparation(hessian: Tensor, settings: QuantizeSettings) -> None:
-    return None
-
-
-def _no_note(prepared: None, settings: QuantizeSettings) -> str | None:
-    return None
-
-
-def _rtn(weight: Tensor, prepared: None, settings: QuantizeSettings, dtype: torch.dtype) -> Affine:
-    return rtn(weight, fitted_grid(weight, settings, dtype))
+def _rtn(task: LayerTask) -> CompressedWeight:
+    return _stored(task, rtn(task.weight, _grid(task)))
 
 
 def _factor(hessian: Tensor, settings: Gptq) -> InverseFactor:
     return inverse_factor(hessian, damping=settings.damping, max_damping=settings.max_damping, order=settings.order)
 
 
-def _gptq(weight: Tensor, prepared: InverseFactor, settings: Gptq, dtype: torch.dtype) -> Affine:
-    grid = fitted_grid(weight, settings, dtype, prepared.importance())
-    return gptq(weight, prepared, grid, block_size=settings.block_size)
+def _gptq(task: LayerTask) -> CompressedWeight:
+    grid = _grid(task, task.prepared.importance())
+    return _stored(task, gptq(task.weight, task.prepared, grid, block_size=task.settings.block_size, kept=task.kept))
 
 
 def _gptq_note(prepared: InverseFactor, settings: Gptq) -> str | None:
-    notes = []
-    if prepared.damping > settings.damping or prepared.precision != "fp32":
-        notes.append(f"the Hessian needed damping {prepared.damping:.3g} in {prepared.precision}")
-    if prepared.dead:
-        notes.append(f"{prepared.dead} input columns were never active and are rounded to nearest")
-    return "; ".join(notes) or None
+    return prepared.note(settings.damping, "are rounded to nearest")
+
+
+def _grid(task: LayerTask, importance: Tensor | None = None) -> AffineGrid:
+    """Zeros lie on every grid: entries that are lost already have no say in it."""
+    weight = task.weight if task.kept is None else task.weight.masked_fill(~task.kept, 0)
+    return chosen_grid(weight, task.settings, bits=task.settings.bits, dtype=task.dtype, importance=importance)
+
+
+def _stored(task: LayerTask, affine: Affine) -> CompressedWeight:
+    """What was pruned before stays pruned."""
+    return affine if task.kept is None else Sparse.of_affine(affine, task.kept, pattern=pattern_of(task.kept))
+
+
+def _expect(current: CompressedWeight, settings: QuantizeSettings, dtype: torch.dtype) -> CompressedWeight | str:
+    """Codes instead of a plain matrix, of what is left of a sparse one, of each plain factor of a low-rank one."""
+    if isinstance(current, LowRank):
+        sides = [_expect(side, settings, dtype) for side in (current.left, current.right)]
+        wrong = next((side for side in sides if isinstance(side, str)), None)
+        if wrong is not None:
+            return f"of a factor, {wrong}"
+        left, right = sides
+        assert isinstance(left, Affine | Sparse)
+        assert isinstance(right, Affine | Sparse)
+        return LowRank(left, right)
+    if not isinstance(current, Dense | Sparse) or (isinstance(current, Sparse) and current.scales is not None):
+        told = "quantized" if isinstance(current, Affine | Sparse) else f"stored as {current.kind.replace('_', '-')}"
+        return f"it is {told} already"
+    misfit = group_misfit(settings.group_size, current.shape[1])
+    if misfit:
+        return misfit
+    grid = grid_meta(settings.bits, settings.group_size, settings.symmetric, shape=current.shape)
+    meta: dict[str, Any] = {"shape": list(current.shape), "dtype": dtype_name(dtype), **grid}
+    if isinstance(current, Sparse):
+        return Sparse.empty({**meta, "pattern": current.pattern, "nnz": current.count})
+    return Affine.empty(meta)
+
+
+def _plainer(settings: QuantizeSettings) -> Rtn:
+    return Rtn(**settings.model_dump(include=set(Rtn.model_fields) - {"method"}))
 
 
 METHODS: Final[Mapping[type[QuantizeSettings], LayerMethod]] = MappingProxyType(
     {
-        Rtn: LayerMethod(hessian=False, prepare=_no_preparation, compress=_rtn, note=_no_note),
-        Gptq: LayerMethod(hessian=True, prepare=_factor, compress=_gptq, note=_gptq_note),
+        Rtn: LayerMethod(compress=_rtn, expect=_expect),
+        Gptq: LayerMethod(compress=_gptq, expect=_expect, statistic="hessian", prepare=_factor, note=_gptq_note),
     }
 )
+
+FALLBACK: Final[Mapping[type[QuantizeSettings], Callable[[Any], QuantizeSettings]]] = MappingProxyType({Gptq: _plainer})
+"""What is done instead of a method where it doesn't serve: settings -> plainer settings."""

@@ -21,7 +21,8 @@ from transformers import LlamaForCausalLM
 
 import modelzip.weights  # noqa: F401  # as the fresh process does for modelzip's own layout
 from modelzip.checkpoints.fresh import FreshProcessError
-from modelzip.compressors.quantize.gptq import gptq, inverse_factor
+from modelzip.compressors.obs import inverse_factor
+from modelzip.compressors.quantize.gptq import gptq
 from modelzip.compressors.quantize.grid import fit_grid
 from modelzip.compressors.quantize.rtn import rtn
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn

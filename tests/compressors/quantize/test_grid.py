@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from modelzip.compressors.obs import inverse_factor
 from modelzip.compressors.quantize import grid as grid_module
-from modelzip.compressors.quantize.gptq import gptq, inverse_factor
+from modelzip.compressors.quantize.gptq import gptq
 from modelzip.compressors.quantize.grid import AffineGrid, fit_grid
 from modelzip.compressors.quantize.rtn import rtn
 

@@ -1,0 +1,19 @@
+"""All layer-wise methods as the engine sees them, by the class of their settings, and what stands in for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from .layer import LayerMethod
+from .prune import methods as prune
+from .quantize import methods as quantize
+from .settings import MethodSettings
+
+METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType({**quantize.METHODS, **prune.METHODS})
+
+FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType(
+    {**quantize.FALLBACK, **prune.FALLBACK}
+)
+"""Where a method doesn't serve: from its settings those of a plainer one, which always does. The plain ones have none."""

@@ -1,0 +1,73 @@
+"""The column loop of the optimal brain surgeon inside one block of columns: what GPTQ and SparseGPT share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import cpu, reference
+
+WIDEST_GROUP = 16
+"""Largest m of a pattern n:m."""
+
+
+class Grid(NamedTuple):
+    """The grid of each entry of a block: scale and zero_point, fp32 [block, out], and the bits of a code."""
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+
+
+class Columns(NamedTuple):
+    """What became of a block of columns, all [block, out].
+
+    written: with a grid the signed codes, int8, where code less zero point is 0 for entries that aren't kept; without
+    one the values, fp32. errors: the scaled errors that the columns after this block must absorb: weight_after -=
+    factor[block, after].T @ errors. kept: bool, False where an entry was set to zero; None if nowhere.
+    """
+
+    written: Tensor
+    errors: Tensor
+    kept: Tensor | None
+
+
+def obs_columns(
+    weight: Tensor,
+    factor: Tensor,
+    *,
+    value_dtype: torch.dtype,
+    grid: Grid | None = None,
+    kept: Tensor | None = None,
+    pattern: tuple[int, int] | None = None,
+) -> Columns:
+    """Round or zero the columns of one block in order, spreading each column's error over those still to come.
+
+    All matrices are transposed so that a column is contiguous. weight: fp32 [block, out], used up. factor: fp32
+    [block, block], upper triangular Cholesky factor U of the inverse Hessian. Entries become zero where kept (bool
+    [block, out]) is False. pattern: (n, m): of each m columns in a row the n with the largest (w / U_jj)² are kept, as
+    they stand when the first of them is reached; of equal ones the earlier. Other entries go to the nearest value of
+    their grid, or keep their own value. Either is rounded to `value_dtype` (fp32, bf16 or fp16), in which the runtime
+    computes. Raises ValueError on shapes that don't fit.
+    """
+    block = weight.shape[0]
+    if grid is not None and (weight.shape != grid.scale.shape or weight.shape != grid.zero_point.shape):
+        raise ValueError(f"weight {tuple(weight.shape)}, scale {tuple(grid.scale.shape)}, zero point don't agree")
+    if kept is not None and (kept.shape != weight.shape or kept.dtype != torch.bool):
+        raise ValueError(f"kept {tuple(kept.shape)} {kept.dtype} isn't a mask of a weight {tuple(weight.shape)}")
+    if factor.shape != (block, block):
+        raise ValueError(f"factor {tuple(factor.shape)} doesn't fit a block of {block} columns")
+    if pattern is not None and (not 0 < pattern[0] < pattern[1] <= WIDEST_GROUP or block % pattern[1]):
+        raise ValueError(f"pattern {pattern[0]}:{pattern[1]} doesn't fit a block of {block} columns")
+    given = [part for part in (weight, factor, kept, *(grid[:2] if grid else ())) if part is not None]
+    run = cpu.obs_columns if dispatch.path(*given) == "compiled" else reference.obs_columns
+    if pattern is not None:
+        kept = torch.ones_like(weight, dtype=torch.bool) if kept is None else kept.clone()
+    scale, zero_point, bits = grid or (None, None, 0)
+    written, errors = run(
+        weight, factor, scale, zero_point, bits=bits, kept=kept, pattern=pattern, value_dtype=value_dtype
+    )
+    return Columns(written, errors, kept)

@@ -1,0 +1,67 @@
+"""The column loop in plain torch, in two levels so that the rank-one updates stay small and the rest is one product.
+
+A step is a handful of operations on one short column, so that each costs more to call than to compute: what can be done
+for a whole block is done before or after the loop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INNER = 16
+"""Columns updated one by one before a matrix product brings the rest of the block up to date."""
+
+
+def obs_columns(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    *,
+    bits: int,
+    kept: Tensor | None,
+    pattern: tuple[int, int] | None,
+    value_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What was written, and the errors. With a pattern, `kept` is narrowed down to what it keeps, in place."""
+    block = weight.shape[0]
+    inner = INNER if pattern is None else INNER // pattern[1] * pattern[1]  # a group is brought up to date as a whole
+    levels, errors = torch.empty_like(weight), torch.empty_like(weight)  # a level is a code less its zero point
+    inverse_diagonal = factor.diagonal().reciprocal()
+    weigh = inverse_diagonal.tolist()
+    if scale is not None and zero_point is not None:
+        half = 1 << (bits - 1)
+        lowest, highest = (-half - zero_point).unbind(0), (half - 1 - zero_point).unbind(0)
+    lost = None if kept is None else ~kept
+    for j, (column, level, error) in enumerate(zip(weight.unbind(0), levels.unbind(0), errors.unbind(0), strict=True)):
+        if pattern is not None and lost is not None and j % pattern[1] == 0:
+            group = slice(j, j + pattern[1])
+            lost[group] |= ~_largest(weight[group] * inverse_diagonal[group, None], lost[group], pattern[0])
+        if scale is None:
+            level.copy_(column.to(value_dtype))
+        else:
+            torch.div(column, scale[j], out=level)
+            torch.clamp(level.round_(), lowest[j], highest[j], out=level)
+        if lost is not None:
+            level.masked_fill_(lost[j], 0)
+        value = level if scale is None else torch.mul(level, scale[j], out=error).to(value_dtype)
+        torch.sub(column, value, out=error)
+        start = j // inner * inner
+        stop = min(block, start + inner)
+        if j + 1 < stop:
+            weight[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-weigh[j])
+        else:
+            errors[start:stop].mul_(inverse_diagonal[start:stop, None])
+            weight[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    if kept is not None and lost is not None and pattern is not None:
+        torch.logical_not(lost, out=kept)
+    return (levels if zero_point is None else levels.add_(zero_point).to(torch.int8)), errors
+
+
+def _largest(scaled: Tensor, lost: Tensor, count: int) -> Tensor:
+    """True for the `count` largest squares of each column of scaled [m, out], the earlier of equal ones; lost ones go
+    last."""
+    scores = scaled.square().masked_fill_(lost, -1)
+    ranks = scores.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+    return ranks < count
