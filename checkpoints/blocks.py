@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -19,9 +19,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from modelzip.weights.dense import Dense
+from modelzip.weights.layouts import MODELZIP
+from modelzip.weights.plugin import compressed_module, located
+from modelzip.weights.value import dtype_name
+
 from .errors import CheckpointError
 from .index import Checkpoint
 from .names import NameMap
+
+TIED: Final = "tied to another weight"
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,30 @@ def skeleton(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> t
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} can't be turned into a {model_class.__name__}: {error}"
         ) from error
+    _resize(model, checkpoint)
     model.requires_grad_(False)
     model.train(False)
     return model
+
+
+def _resize(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Exchange linears and embeddings whose weight the checkpoint holds in another shape than config.json has.
+
+    Dense weights always lie [out, in] there, also those of a Conv1D.
+    """
+    config = checkpoint.quantization or {}
+    if config.get("quant_method") != MODELZIP:
+        return
+    for name, meta in config["modules"].items():
+        path = located(model, name)
+        module = None if path is None else model.get_submodule(path)
+        if path is None or not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            continue
+        shape = tuple(reversed(module.weight.shape)) if isinstance(module, Conv1D) else tuple(module.weight.shape)
+        if shape != tuple(meta["shape"]) or (meta["kind"] == Dense.kind and isinstance(module, Conv1D)):
+            dense = {"kind": Dense.kind, "shape": meta["shape"], "dtype": dtype_name(module.weight.dtype)}
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, compressed_module(module, dense))
 
 
 def _classes(checkpoint: Checkpoint) -> tuple[Any, Any]:
@@ -102,7 +130,8 @@ def find_structure(model: nn.Module, checkpoint: Checkpoint, *, names: NameMap |
     for stack in _stacks(model):
         for index, module in enumerate(model.get_submodule(stack).children()):
             blocks.append(_block(f"{stack}.{index}", module, names=names, left_alone=left_alone))
-    if not any(block.linears for block in blocks):
+    # Layers that are all one still run, and are evaluated, block by block.
+    if not any(block.linears for block in blocks) and TIED not in dict(left_alone).values():
         raise CheckpointError(
             f"{checkpoint.source}: {type(model).__name__} has no repeated blocks with linear layers to compress."
         )
@@ -141,7 +170,7 @@ def _block(path: str, block: nn.Module, *, names: NameMap, left_alone: list[tupl
         elif not _is_linear(module):
             left_alone.extend((f"{full}.{leaf}", reason) for leaf, reason in _odd_parameters(module))
         elif weight in tied:
-            left_alone.append((full, "tied to another weight"))
+            left_alone.append((full, TIED))
         elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             left_alone.append((full, "its weight is used without calling it"))
         elif (tensor := _tensor(names, full)) is None:

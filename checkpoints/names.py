@@ -70,7 +70,8 @@ class NameMap:
                 if f"{module}.weight" in self._direct:
                     self._parts[module]["weight"] = self._direct.pop(f"{module}.weight")
         self.unused: tuple[str, ...] = tuple(unknown)
-        self.tied = self._find_ties(model, checkpoint)
+        shared = self._share_parts((checkpoint.quantization or {}).get("shared", {}))
+        self.tied = self._find_ties(model, checkpoint, shared)
         self._check_shapes(checkpoint)
         self._check_missing(model, checkpoint)
 
@@ -95,7 +96,7 @@ class NameMap:
         return self._conversions.get(name)
 
     def parts(self, module: str) -> dict[str, str]:
-        """Of a compressed linear: {"weight_packed": checkpoint tensor, ...}; empty for any other module."""
+        """Of a compressed linear or embedding: {"weight_packed": checkpoint tensor, ...}; empty for other modules."""
         return dict(self._parts.get(module, {}))
 
     def owner(self, name: str) -> str:
@@ -140,22 +141,48 @@ class NameMap:
                 self._conversions[name] = conversion
 
     def _add_part(self, name: str, model: nn.Module) -> bool:
-        """Whether `name` is a piece of a compressed linear: what stands before some dot in it names that linear."""
+        """Whether `name` is a piece of a compressed module: what stands before some dot in it names that module."""
         pieces = name.split(".")
         for cut in range(len(pieces) - 1, 0, -1):
             target, _ = self._rename(".".join([*pieces[:cut], "weight"]))
             module = target.removesuffix(".weight")
-            if target in self._state and isinstance(model.get_submodule(module), nn.Linear | Conv1D):
+            if target in self._state and isinstance(model.get_submodule(module), nn.Linear | Conv1D | nn.Embedding):
                 self._parts.setdefault(module, {})[".".join(pieces[cut:])] = name
                 return True
         return False
 
-    def _find_ties(self, model: Any, checkpoint: Checkpoint) -> tuple[tuple[str, ...], ...]:
-        """Groups of parameters that are one, by the model's declaration; stored apart and unequal, they are not."""
+    def _share_parts(self, shared: Mapping[str, str]) -> dict[str, str]:
+        """Give modules the parts that they share with others; {parameter: the one that it is} where all is shared.
+
+        shared: as in config.json's `quantization_config`: parameters and parts of compressed modules, with the owner.
+        """
+        whole: dict[str, str] = {}
+        for target, source in shared.items():
+            (to, _, leaf), (of, _, of_leaf) = target.rpartition("."), source.rpartition(".")
+            weight, of_weight = self._rename(f"{to}.weight")[0], self._rename(f"{of}.weight")[0]
+            parts = self._parts.get(of_weight.removesuffix(".weight"), {})
+            if of_leaf in parts:
+                self._parts.setdefault(weight.removesuffix(".weight"), {})[leaf] = parts[of_leaf]
+                whole[weight] = of_weight
+            else:
+                whole[self._rename(target)[0]] = self._rename(source)[0]
+        return {target: source for target, source in whole.items() if self._are_alike(target, source)}
+
+    def _are_alike(self, first: str, second: str) -> bool:
+        """Whether two parameters are stored as parts of the same tensors, or both not in parts."""
+        one, other = (self._parts.get(name.removesuffix(".weight"), {}) for name in (first, second))
+        return one == other or not (first.endswith(".weight") and second.endswith(".weight"))
+
+    def _find_ties(self, model: Any, checkpoint: Checkpoint, shared: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+        """Groups of parameters that are one, by the model's declaration or config.json's; stored apart and unequal,
+        they are not."""
         groups: list[list[str]] = []
-        for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        declared = model.get_expanded_tied_weights_keys(all_submodels=True)
+        for target, source in (*declared.items(), *shared.items()):
             stored = [self._direct[name] for name in (target, source) if name in self._direct]
             if len(stored) == 2 and not _same_bytes(checkpoint, *stored):
+                continue
+            if self._is_stored(target) and self._is_stored(source) and not self._are_alike(target, source):
                 continue
             joined = [group for group in groups if target in group or source in group]
             groups = [group for group in groups if group not in joined]

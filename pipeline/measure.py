@@ -71,7 +71,7 @@ def _decode(checkpoint: Checkpoint) -> Decode | None:
 
     def dense(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         weight = compressed(name, tensors)
-        return weight.dense(weight.scale.dtype)
+        return weight.dense(weight.dtype)
 
     return dense
 
