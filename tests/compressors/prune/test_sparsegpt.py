@@ -1,4 +1,4 @@
-"""SparseGPT against the optimal brain surgeon written out in fp64, against all masks, and against its naive baselines."""
+"""SparseGPT against the optimal brain surgeon written out in fp64, against all masks, and against naive baselines."""
 
 from __future__ import annotations
 
