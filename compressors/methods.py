@@ -19,4 +19,4 @@ METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
 FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType(
     {**quantize.FALLBACK, **prune.FALLBACK}
 )
-"""Where a method doesn't serve: from its settings those of a plainer one, which always does. The plain ones have none."""
+"""Where a method doesn't serve: from its settings those of a plainer one that always does."""
