@@ -19,6 +19,7 @@ from modelzip.recipes.schema import Recipe
 from .calibrate import batches, forward_inputs, is_causal, tokenizer_of
 from .importance import Loss, language_model_loss, masked_lm_loss, self_loss
 from .measure import decode_of, pick_dtype
+from .smaller import headers_of
 from .text import Windows
 
 
@@ -44,7 +45,7 @@ def whole_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
     """Memory of all weights in the type that they are computed in."""
     device = torch.device("cpu" if recipe.device == "auto" else recipe.device)
     size = compute_dtype(recipe, checkpoint, device).itemsize
-    return sum(size * parameter.numel() for parameter in skeleton(checkpoint).parameters())
+    return sum(size * parameter.numel() for parameter in headers_of(checkpoint).model.parameters())
 
 
 def data_of(windows: Windows | None, model: Any, recipe: Recipe, device: torch.device) -> list[Mapping[str, Tensor]]:

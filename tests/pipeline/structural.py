@@ -29,15 +29,15 @@ class Progress:
 
 
 def recipe_of(**settings: Any) -> Any:
-    return parse_recipe({"model": "x", "calibration": {"seq_len": 12, "samples": 4}, "stages": [{"prune": settings}]}, "")
+    return parse_recipe(
+        {"model": "x", "calibration": {"seq_len": 12, "samples": 4}, "stages": [{"prune": settings}]}, ""
+    )
 
 
 def plan_of(source: Checkpoint, output: Path, **settings: Any) -> StructuralPlan:
     """The plan; raises ProblemsError as the plan of a whole recipe does."""
     recipe, problems = recipe_of(**settings), []
-    plan = plan_structural(
-        recipe.stages[0], source, recipe=recipe, output=output, where="prune", problems=problems
-    )
+    plan = plan_structural(recipe.stages[0], source, recipe=recipe, output=output, where="prune", problems=problems)
     if problems:
         raise ProblemsError(problems)
     assert plan is not None
