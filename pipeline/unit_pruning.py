@@ -43,6 +43,11 @@ def _found(settings: UnitSettings, checkpoint: Checkpoint) -> tuple[Headers, lis
     return headers, find(headers.model, headers.structure)
 
 
+def units_of(settings: UnitSettings, checkpoint: Checkpoint) -> list[Units]:
+    """The heads or neurons of a checkpoint, layer by layer, as `importance` takes them. Raises CheckpointError."""
+    return _found(settings, checkpoint)[1]
+
+
 def plan_units(settings: UnitSettings, checkpoint: Checkpoint) -> list[Kept]:
     """As many units as will stay, the first ones of each layer. Raises ProblemsError, CheckpointError."""
     headers, every = _found(settings, checkpoint)

@@ -28,7 +28,7 @@ from modelzip.compressors.prune.structural import tokens_to_keep
 from modelzip.compressors.prune.structural_settings import Vocabulary
 from modelzip.recipes.schema import Recipe
 
-from .calibrate import tokenizer_of
+from .calibrate import has_tokenizer, tokenizer_of
 from .smaller import StructuralMethod, headers_of
 from .text import check_source, documents
 
@@ -86,6 +86,8 @@ def count_tokens(tokenizer: Tokenizer, corpus: Iterator[str]) -> tuple[Counter[i
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    if not has_tokenizer(checkpoint):
+        raise CheckpointError("it has no tokenizer beside it, of which tokens could be taken out")
     backend = getattr(tokenizer_of(checkpoint), "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise CheckpointError("its tokenizer isn't one of the tokenizers library, of which tokens can be taken out")
