@@ -21,7 +21,7 @@ def test_it_looks_up_rows_of_the_dense_table(weights_of_all_kinds):
         module = embedding_of(weight, nn.Embedding(24, 48, padding_idx=2))
         truth = weight.dense()[IDS]
         assert module.padding_idx == 2
-        assert float((module(IDS) - truth).norm() / truth.norm()) < 1e-6, name  # measured: 1.3e-7
+        assert float((module(IDS) - truth).norm() / truth.norm()) < 1e-6, name  # measured: 8.2e-8
         assert isinstance(module, nn.Embedding) == (weight.kind == "dense")
 
 
@@ -47,7 +47,7 @@ def test_the_scale_of_scaled_embeddings_is_kept(weights_of_all_kinds):
     plain = Gemma3TextScaledWordEmbedding(24, 48, 0, embed_scale=48**0.5)
     plain.weight.copy_(weight.dense())
     found = embedding_of(weight, plain)(IDS)
-    assert float((found - plain(IDS)).norm() / found.norm()) < 1e-6  # measured: 5e-8
+    assert float((found - plain(IDS)).norm() / found.norm()) < 1e-6  # measured: 0
 
 
 def test_embeddings_that_do_more_are_refused(weights_of_all_kinds):

@@ -29,7 +29,7 @@ def test_kinds_with_codes_are_refused_and_only_they(weights_of_all_kinds):
 def test_it_computes_what_the_weight_stands_for(weight):
     bias, x = torch.randn(24), torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
     truth = x @ weight.dense().T + bias
-    assert float((trainable(weight, bias)(x) - truth).norm() / truth.norm()) < 1e-6  # measured: 1.8e-7
+    assert float((trainable(weight, bias)(x) - truth).norm() / truth.norm()) < 1e-6  # measured: 1.4e-7
 
 
 def test_unchanged_it_freezes_to_the_same_bits(weight):
@@ -50,15 +50,15 @@ def test_it_learns_and_what_is_frozen_is_what_was_learnt(weight):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < 0.9 * losses[0]  # measured: 0.21 to 0.81
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]  # measured: 0.20 to 0.81
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in module.parameters())
     after = module.freeze()
     assert after.meta() == before.meta()
     with torch.no_grad():
         truth = module(x) - module.bias
         error = float((after.matmul(x) - truth).norm() / truth.norm())
-    assert error < 1e-2  # measured: 1.9e-3 to 3.6e-3, of rounding to bf16
+    assert error < 1e-2  # measured: 1.9e-3 to 2.9e-3, of rounding to bf16
     assert not torch.equal(after.dense(), before.dense())
 
 
