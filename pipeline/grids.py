@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import asdict
+from typing import Any, Final
+
+import torch
 
 from modelzip.checkpoints.blocks import Linear
-from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.compressors.quantize.settings import QuantizeSettings
 from modelzip.kernels.bitpack import packed_words
+from modelzip.weights.affine import Affine
 from modelzip.weights.layouts import Scheme
+from modelzip.weights.value import dtype_name
 
 SMALLEST_GROUP: Final = 16
 """Group sizes that replace one that doesn't divide are powers of two from here up: the ones that engines take."""
@@ -33,6 +38,14 @@ def scheme_of(settings: QuantizeSettings, shape: tuple[int, int]) -> Scheme:
         return Scheme(settings.bits, "group", size, settings.symmetric)
     strategy = "tensor" if size == "tensor" and shape[0] > 1 else "channel"
     return Scheme(settings.bits, strategy, None, settings.symmetric)
+
+
+def meta_of(settings: QuantizeSettings, linear: Linear, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What config.json says of the weight that a linear will have."""
+    stored = checkpoint.tensors[linear.tensor].dtype
+    dtype = torch.float32 if stored == "F64" else DTYPES[stored]
+    scheme = asdict(scheme_of(settings, linear.shape))
+    return {"kind": Affine.kind, "shape": list(linear.shape), **scheme, "dtype": dtype_name(dtype)}
 
 
 def packed_bytes(linear: Linear, settings: QuantizeSettings, checkpoint: Checkpoint) -> int:

@@ -237,7 +237,7 @@ class _BlockWork:
         dense = compressed.dense(torch.float32)
         self.done[linear.name] = compressed
         self.records[linear.name] = {
-            **compressed.meta(),
+            "bits": compressed.bits,
             "method": settings.method if fallback is None else "rtn",
             "group_size": compressed.group_size,
             "tokens": 0 if shared is None else shared.tokens,

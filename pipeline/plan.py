@@ -8,17 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from modelzip.checkpoints.blocks import Linear, Structure, find_structure, skeleton
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError
-from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.compressors.quantize.methods import METHODS
 from modelzip.compressors.quantize.settings import QuantizeSettings
 from modelzip.recipes.match import matches, settings_for, unmatched
 from modelzip.recipes.schema import Recipe, Stage
-from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, Scheme, decoder, stored_scheme
+from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, decoder, stored
 
-from .grids import fit_group, packed_bytes, scheme_of
+from .grids import fit_group, meta_of, packed_bytes
 from .portable import choose_layout
 from .room import memory_needed
 
@@ -49,7 +51,7 @@ class Plan:
     source: str
     output: Path
     modules: tuple[ModulePlan, ...]
-    schemes: Mapping[str, Scheme]
+    metas: Mapping[str, Mapping[str, Any]]
     layout: str
     bytes_before: int
     bytes_after: int
@@ -85,7 +87,7 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
     for number, stage in enumerate(recipe.stages):
         where = f"stages[{number}].{stage.kind}" if len(recipe.stages) > 1 else stage.kind
         modules = _modules(stage, structure, checkpoint, done=done, in_input=in_input, where=where, problems=problems)
-        done = {**done, **{module.name: scheme_of(module.settings, module.shape) for module in modules}}
+        done = {**done, **{module.name: meta_of(module.settings, module.linear, checkpoint) for module in modules}}
         after = before - sum(m.bytes_before for m in modules) + sum(m.bytes_after for m in modules)
         layout, layout_note = _layout(
             stage, done, structure, checkpoint=checkpoint, names=names, where=where, problems=problems
@@ -95,7 +97,7 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
             source=checkpoint.source,
             output=output,
             modules=tuple(modules),
-            schemes=done,
+            metas=done,
             layout=layout,
             bytes_before=before,
             bytes_after=after,
@@ -117,8 +119,8 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
     return plans
 
 
-def _compressed_already(checkpoint: Checkpoint, structure: Structure, names: NameMap) -> dict[str, Scheme]:
-    """Linears that are compressed in the input, with their schemes. Raises CheckpointError for foreign layouts."""
+def _compressed_already(checkpoint: Checkpoint, structure: Structure, names: NameMap) -> dict[str, dict[str, Any]]:
+    """Linears that are compressed in the input, with what they are. Raises CheckpointError for foreign layouts."""
     config = checkpoint.quantization
     if config is None:
         return {}
@@ -126,9 +128,10 @@ def _compressed_already(checkpoint: Checkpoint, structure: Structure, names: Nam
     try:
         decoder(config)
         for linear in (linear for block in structure.blocks for linear in block.linears):
-            shapes = {suffix: checkpoint.tensors[name].shape for suffix, name in names.parts(linear.name).items()}
-            if shapes:
-                done[linear.name] = stored_scheme(config, linear.name, shapes, linear.shape[1])
+            infos = {suffix: checkpoint.tensors[name] for suffix, name in names.parts(linear.name).items()}
+            parts = {s: torch.empty(i.shape, dtype=DTYPES[i.dtype], device="meta") for s, i in infos.items()}
+            if parts:
+                done[linear.name] = stored(config, linear.name, parts, linear.shape).meta()
     except ValueError as error:
         raise CheckpointError(
             f"{checkpoint.source} is already {error}, which modelzip can't take as input: give the original model."
@@ -141,7 +144,7 @@ def _modules(
     structure: Structure,
     checkpoint: Checkpoint,
     *,
-    done: Mapping[str, Scheme],
+    done: Mapping[str, Mapping[str, Any]],
     in_input: Container[str],
     where: str,
     problems: list[str],
@@ -225,7 +228,7 @@ def _others(names: list[str]) -> str:
 
 def _layout(
     stage: Stage,
-    done: Mapping[str, Scheme],
+    done: Mapping[str, Mapping[str, Any]],
     structure: Structure,
     *,
     checkpoint: Checkpoint,

@@ -11,24 +11,24 @@ from typing import Any
 from modelzip.checkpoints.blocks import Structure, skeleton
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
-from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, Scheme, portable
+from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, portable
 
 
 def choose_layout(
-    asked: str, schemes: Mapping[str, Scheme], structure: Structure, *, checkpoint: Checkpoint, names: NameMap
+    asked: str, metas: Mapping[str, Mapping[str, Any]], structure: Structure, *, checkpoint: Checkpoint, names: NameMap
 ) -> tuple[str, str]:
     """The layout for these compressed modules, and why it isn't compressed-tensors ("" if it could be).
 
     asked: the stage's setting, `auto` or a layout, which is then kept.
     """
     transposed = any(
-        linear.transposed for block in structure.blocks for linear in block.linears if linear.name in schemes
+        linear.transposed for block in structure.blocks for linear in block.linears if linear.name in metas
     )
     reason = ""
-    if not portable(schemes.values(), transposed=transposed):
+    if not portable(metas.values(), transposed=transposed):
         reason = "compressed-tensors holds 2, 4 and 8 bits in plain linears, and zero points with one scheme for all"
     elif asked != MODELZIP:
-        reason = _obstacle(checkpoint, names, schemes)
+        reason = _obstacle(checkpoint, names, metas)
     if asked != "auto":
         return asked, reason
     return MODELZIP if reason else COMPRESSED_TENSORS, reason

@@ -67,9 +67,7 @@ def run_stage(
         records = {name: record for part in writer.done.values() for name, record in part["modules"].items()}
         linears = [name for name, module in streamed.model.named_modules() if isinstance(module, nn.Linear)]
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        config["quantization_config"] = quantization_config(
-            plan.schemes, layout=plan.layout, linears=linears, scale_dtype=source.dtype
-        )
+        config["quantization_config"] = quantization_config(plan.metas, layout=plan.layout, linears=linears)
         begin = time.perf_counter()
         writer.finish(config=config, files={PROVENANCE: describe(records)})
         context.clock.add("write", begin)

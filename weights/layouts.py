@@ -1,7 +1,8 @@
 """How a checkpoint says which modules are compressed: compressed-tensors' config, or modelzip's own.
 
-Both layouts hold the same tensors under the same names. compressed-tensors is used where every engine that knows it
-reads the widths alike (2, 4 and 8 bits, plain linears); the rest needs `import modelzip.weights`.
+Of affine weights, both layouts hold the same tensors under the same names. compressed-tensors is used where every
+engine that knows it reads the widths alike (2, 4 and 8 bits, plain linears); the rest, and all other kinds of weights,
+needs `import modelzip.weights`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import Tensor
 
 from .affine import Affine
+from .kinds import empty, from_tensors
+from .value import CompressedWeight
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -36,37 +39,45 @@ class Scheme:
     symmetric: bool
 
     @classmethod
-    def of(cls, weight: Affine) -> Scheme:
-        group_size = weight.group_size if weight.strategy == "group" else None
-        return cls(weight.bits, weight.strategy, group_size, weight.zero_point is None)
+    def of(cls, weight: Affine | Mapping[str, Any]) -> Scheme:
+        """Of an affine weight, or of its meta."""
+        meta = weight.meta() if isinstance(weight, Affine) else weight
+        return cls(meta["bits"], meta["strategy"], meta["group_size"], meta["symmetric"])
 
 
-def portable(schemes: Iterable[Scheme], *, transposed: bool) -> bool:
-    """Whether compressed-tensors' `pack-quantized` layout holds these modules alike in all its releases.
+def portable(metas: Iterable[Mapping[str, Any]], *, transposed: bool) -> bool:
+    """Whether compressed-tensors' `pack-quantized` layout holds weights of these metas alike in all its releases.
 
     Zero points open in all of them only if the weights are made dense at load (see `quantization_config`), and
     transformers then takes one scheme for all modules.
     """
-    distinct = set(schemes)
+    found = list(metas)
+    if transposed or any(meta["kind"] != Affine.kind for meta in found):
+        return False
+    distinct = {Scheme.of(meta) for meta in found}
     symmetric = all(scheme.symmetric for scheme in distinct)
-    return not transposed and all(s.bits in PORTABLE_BITS for s in distinct) and (symmetric or len(distinct) == 1)
+    return all(scheme.bits in PORTABLE_BITS for scheme in distinct) and (symmetric or len(distinct) == 1)
 
 
 def quantization_config(
-    schemes: Mapping[str, Scheme], *, layout: str, linears: Iterable[str], scale_dtype: torch.dtype
+    metas: Mapping[str, Mapping[str, Any]],
+    *,
+    layout: str,
+    linears: Iterable[str],
+    shared: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What goes to config.json as `quantization_config`.
 
-    schemes: of each compressed module. linears: all `nn.Linear` of the model, of which the rest is named as ignored.
+    metas: `meta()` of each compressed module's weight. linears: all `nn.Linear` of the model, of which the rest is
+    named as ignored. shared: each parameter (or part of a compressed module) that isn't stored, and the one that it is.
+    Raises ValueError if compressed-tensors can't hold them.
     """
     if layout == MODELZIP:
-        modules = {name: {"kind": Affine.kind, **asdict(scheme)} for name, scheme in schemes.items()}
-        return {
-            "quant_method": MODELZIP,
-            "version": VERSION,
-            "scale_dtype": str(scale_dtype).removeprefix("torch."),
-            "modules": modules,
-        }
+        modules = {name: dict(meta) for name, meta in metas.items()}
+        return {"quant_method": MODELZIP, "version": VERSION, "modules": modules, "shared": dict(shared)}
+    if shared or not portable(metas.values(), transposed=False):
+        raise ValueError(f"{COMPRESSED_TENSORS} can't hold these weights")
+    schemes = {name: Scheme.of(meta) for name, meta in metas.items()}
     # Imported here, not above: the library takes 10 MB, and this is wanted when all else is done.
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 
@@ -102,34 +113,46 @@ def _arguments(scheme: Scheme) -> QuantizationArgs:
     )
 
 
-def decoder(config: Mapping[str, Any]) -> Callable[[str, Mapping[str, Tensor]], Affine]:
+def decoder(config: Mapping[str, Any]) -> Callable[[str, Mapping[str, Tensor]], CompressedWeight]:
     """A function from a module's name and tensors (by suffix: `weight_packed`, ...) to its compressed weight.
 
     Raises ValueError if the config is of a layout that modelzip doesn't read.
     """
     method = config.get("quant_method")
     if method == MODELZIP:
+        check_version(config.get("version", VERSION))
         modules = config["modules"]
-        return lambda name, tensors: Affine.from_tensors(tensors, {"bits": modules[name]["bits"]})
+        return lambda name, tensors: from_tensors(tensors, modules[name])
     if method == COMPRESSED_TENSORS and config.get("format") == "pack-quantized":
         return lambda name, tensors: Affine.from_tensors(tensors, {"bits": _bits(config, name)})
     raise ValueError(f"quantized as {method}{' ' + str(config['format']) if config.get('format') else ''}")
 
 
-def stored_scheme(config: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int, ...]], columns: int) -> Scheme:
-    """The scheme of a module that a checkpoint holds compressed, from its config and its tensors' shapes by suffix.
+def stored(
+    config: Mapping[str, Any], name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]
+) -> CompressedWeight:
+    """The weight, on the meta device, of a module that a checkpoint holds compressed.
 
-    Raises ValueError if the config is of a layout that modelzip doesn't read.
+    parts: its tensors by suffix, of which shape and dtype are looked at. shape: (out, in) of the module. Raises
+    ValueError if the config is of a layout that modelzip doesn't read.
     """
     decoder(config)
-    bits = config["modules"][name]["bits"] if config["quant_method"] == MODELZIP else _bits(config, name)
-    scale = shapes["weight_scale"]
-    symmetric = "weight_zero_point" not in shapes
-    if len(scale) < 2:
-        return Scheme(bits, "tensor", None, symmetric)
-    if scale[1] == 1:
-        return Scheme(bits, "channel", None, symmetric)
-    return Scheme(bits, "group", columns // scale[1], symmetric)
+    if config["quant_method"] == MODELZIP:
+        return empty(config["modules"][name])
+    return Affine.from_tensors(
+        {suffix: tensor.to("meta") for suffix, tensor in parts.items()}, {"bits": _bits(config, name), "shape": shape}
+    )
+
+
+def shared_parts(module: str, owner: str, meta: Mapping[str, Any]) -> dict[str, str]:
+    """Entries of `shared` by which one compressed module has all tensors of its weight from another."""
+    return {f"{module}.{suffix}": f"{owner}.{suffix}" for suffix in empty(meta).tensors()}
+
+
+def check_version(version: int) -> None:
+    """Raises ValueError if the layout is newer than what is installed."""
+    if version > VERSION:
+        raise ValueError(f"this model is in layout version {version} of modelzip; installed is version {VERSION}")
 
 
 def _bits(config: Mapping[str, Any], name: str) -> int:

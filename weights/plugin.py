@@ -1,4 +1,4 @@
-"""The transformers plug-in for `quant_method: modelzip`: puts `CompressedLinear` in place of linears before loading."""
+"""The transformers plug-in for `quant_method: modelzip`: makes room for compressed weights before they are loaded."""
 
 from __future__ import annotations
 
@@ -7,34 +7,44 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from modelzip.kernels.bitpack import packed_words
-
-from .affine import Affine
-from .layouts import MODELZIP, VERSION
-from .linear import CompressedLinear
+from .dense import Dense
+from .embedding import embedding_of
+from .kinds import empty
+from .layouts import MODELZIP, VERSION, check_version
+from .linear import linear_of
+from .module import CompressedModule
 
 
 @register_quantization_config(MODELZIP)
 class ModelzipConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json. modules: the scheme of each compressed module, by its name."""
+    """`quantization_config` of config.json.
 
-    def __init__(self, modules: Mapping[str, Any], version: int = VERSION, scale_dtype: str = "", **_: Any) -> None:
-        if version > VERSION:
-            raise ValueError(f"this model is in layout version {version} of modelzip; installed is version {VERSION}")
+    modules: the meta of each compressed module's weight, by the module's name. shared: parameters and parts of
+    compressed modules that aren't stored, each with the one that it is.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, Any], shared: Mapping[str, str] | None = None, version: int = VERSION, **_: Any
+    ) -> None:
+        check_version(version)
         self.quant_method = MODELZIP  # type: ignore[assignment]
         self.version = version
-        self.scale_dtype = scale_dtype
         self.modules = dict(modules)
+        self.shared = dict(shared or {})
 
 
 @register_quantizer(MODELZIP)
 class ModelzipQuantizer(HfQuantizer):
-    """Makes room for the packed tensors; transformers then loads them by name like any buffer."""
+    """Exchanges modules for those that hold the stored tensors; transformers then loads these by name like any other.
+
+    Shared parameters are declared as ties, which transformers knows to load and to save once.
+    """
 
     requires_calibration = True
     quantization_config: ModelzipConfig
@@ -42,13 +52,20 @@ class ModelzipQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beyond torch is needed."""
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        scale_dtype = getattr(torch, self.quantization_config.scale_dtype)
-        for name, scheme in self.quantization_config.modules.items():
-            module = model.get_submodule(name)
-            empty = _empty(module, scheme, scale_dtype)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, CompressedLinear(empty, getattr(module, "bias", None)))
+    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        config = self.quantization_config
+        compressed = set()
+        for name, meta in config.modules.items():
+            path = located(model, name)
+            if path is None:  # a part of another head than this class has
+                continue
+            module = compressed_module(model.get_submodule(path), meta)
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module)
+            if isinstance(module, CompressedModule):
+                compressed.add(f"{path}.weight")
+        _drop_ties(model, compressed)
+        _tie(model, config.shared)
 
     @property
     def is_trainable(self) -> bool:
@@ -58,16 +75,64 @@ class ModelzipQuantizer(HfQuantizer):
         return True
 
 
-def _empty(module: nn.Module, scheme: Mapping[str, Any], scale_dtype: torch.dtype) -> Affine:
-    """A weight of the module's shape and this scheme, on the meta device."""
-    weight = module.get_parameter("weight")
-    rows, columns = reversed(weight.shape) if isinstance(module, Conv1D) else weight.shape
-    groups = columns // scheme["group_size"] if scheme["strategy"] == "group" else 1
-    scales = (1, 1) if scheme["strategy"] == "tensor" else (rows, groups)
-    return Affine(
-        torch.empty(rows, packed_words(columns, scheme["bits"]), dtype=torch.int32, device="meta"),
-        torch.empty(scales, dtype=scale_dtype, device="meta"),
-        None if scheme["symmetric"] else torch.empty(scales, dtype=torch.int8, device="meta"),
-        scheme["bits"],
-        (rows, columns),
-    )
+def located(model: nn.Module, module: str) -> str | None:
+    """Where a module of the checkpoint's model is in this one, which may lack the head or have one; None if nowhere."""
+    prefix = getattr(model, "base_model_prefix", "")
+    known = dict(model.named_modules(remove_duplicate=False))
+    candidates = (module, module.removeprefix(f"{prefix}."), f"{prefix}.{module}")
+    return next((name for name in candidates if name in known), None)
+
+
+def compressed_module(module: nn.Module, meta: Mapping[str, Any]) -> nn.Module:
+    """What takes the place of a linear, Conv1D or embedding whose weight is compressed: on the meta device.
+
+    Dense weights get the dtype of the one that they replace. A bias is kept, with as many entries as the weight has
+    rows. Raises ValueError for other modules.
+    """
+    weight = empty(meta)
+    dtype = module.get_parameter("weight").dtype
+    if isinstance(weight, Dense):
+        weight = Dense(weight.weight.to(dtype))
+    if isinstance(module, nn.Embedding):
+        return embedding_of(weight, module, dtype=dtype)
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise ValueError(f"a {type(module).__name__} has no weight that could be compressed")
+    bias: nn.Parameter | None = module.bias
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        bias = nn.Parameter(bias.new_empty(weight.shape[0]), requires_grad=bias.requires_grad)
+    return linear_of(weight, bias)
+
+
+def _drop_ties(model: Any, compressed: set[str]) -> None:
+    """Forget the ties of weights that aren't parameters any more; what they share instead is in the config."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module._tied_weights_keys:
+            stem = f"{prefix}." if prefix else ""
+            module._tied_weights_keys = {
+                target: source
+                for target, source in module._tied_weights_keys.items()
+                if compressed.isdisjoint((stem + target, stem + source))
+            }
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if compressed.isdisjoint((target, source))
+    }
+
+
+def _tie(model: Any, shared: Mapping[str, str]) -> None:
+    """Make each parameter or part the one that the config says it is."""
+    ties = {}
+    for target, source in shared.items():
+        (to, _, leaf), (of, _, of_leaf) = target.rpartition("."), source.rpartition(".")
+        here, there = located(model, to), located(model, of)
+        if here is None or there is None:
+            continue
+        module = model.get_submodule(here)
+        if isinstance(module, CompressedModule) and leaf != "bias":
+            module.share(leaf, model.get_submodule(there), of_leaf)
+        else:
+            ties[f"{here}.{leaf}"] = f"{there}.{of_leaf}"
+    model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
+    # What save_pretrained asks which of several names for one tensor are to be left out.
+    model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -19,7 +20,8 @@ from modelzip.weights.layouts import (
     decoder,
     portable,
     quantization_config,
-    stored_scheme,
+    shared_parts,
+    stored,
 )
 from modelzip.weights.linear import CompressedLinear
 
@@ -31,11 +33,20 @@ PORTABLE = [
     for strategy, size in (("tensor", None), ("channel", None), ("group", 16))
     for symmetric in (True, False)
 ]
+PARTS = {"weight_packed": torch.empty(4, 4, dtype=torch.int32), "weight_scale": torch.empty(4, 1)}
 LINEARS = [*MIXED, "c.skipped", "lm_head"]
 
 
-def _config(schemes=MIXED, layout=COMPRESSED_TENSORS, linears=LINEARS, scale_dtype=torch.bfloat16):
-    config = quantization_config(schemes, layout=layout, linears=linears, scale_dtype=scale_dtype)
+def _meta(scheme, dtype="bfloat16", shape=(6, 32)):
+    return {"kind": "affine", "shape": list(shape), **dataclasses.asdict(scheme), "dtype": dtype}
+
+
+def _metas(schemes, **changes):
+    return {name: _meta(scheme, **changes) for name, scheme in schemes.items()}
+
+
+def _config(schemes=MIXED, layout=COMPRESSED_TENSORS, linears=LINEARS):
+    config = quantization_config(_metas(schemes), layout=layout, linears=linears)
     return json.loads(json.dumps(config))  # as it comes back from config.json
 
 
@@ -73,18 +84,18 @@ def test_the_commonest_scheme_is_the_general_one_and_the_rest_are_named():
 
 @pytest.mark.parametrize("scheme", PORTABLE, ids=str)
 def test_every_portable_scheme_passes_their_validation(scheme):
-    assert portable([scheme], transposed=False)
+    assert portable([_meta(scheme)], transposed=False)
     assert _scheme(_taken(_config({"a": scheme})).config_groups["group_0"]) == scheme
 
 
 def test_only_what_every_release_reads_alike_is_portable():
-    assert portable(MIXED.values(), transposed=False)
-    assert not portable([GROUP4], transposed=True)
+    assert portable(_metas(MIXED).values(), transposed=False)
+    assert not portable([_meta(GROUP4)], transposed=True)
     for bits in (3, 5, 6, 7):
-        assert not portable([GROUP4, Scheme(bits, "channel", None, True)], transposed=False)
-    with_zeros = Scheme(4, "group", 16, False)
+        assert not portable([_meta(GROUP4), _meta(Scheme(bits, "channel", None, True))], transposed=False)
+    with_zeros = _meta(Scheme(4, "group", 16, False))
     assert portable([with_zeros, with_zeros], transposed=False)
-    assert not portable([with_zeros, GROUP4], transposed=False)
+    assert not portable([with_zeros, _meta(GROUP4)], transposed=False)
 
 
 @pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELZIP])
@@ -99,21 +110,57 @@ def test_the_decoder_finds_each_modules_bits(layout, random_weight):
 
 @pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELZIP])
 def test_the_scheme_is_read_back_from_config_and_shapes(layout, random_weight):
-    schemes = {**MIXED, "t": Scheme(4, "tensor", None, True), "u": Scheme(4, "tensor", None, False)}
+    schemes = {**MIXED, "t": Scheme(4, "tensor", None, True)}
+    if layout == MODELZIP:
+        schemes["u"] = Scheme(4, "tensor", None, False)
     config = _config(schemes, layout)
     for name, scheme in schemes.items():
-        weight = random_weight((6, 32), scheme)
-        shapes = {suffix: tuple(tensor.shape) for suffix, tensor in weight.tensors().items()}
-        assert stored_scheme(config, name, shapes, 32) == scheme
+        weight = random_weight((6, 32), scheme, torch.bfloat16)
+        found = stored(
+            config, name, {suffix: tensor.to("meta") for suffix, tensor in weight.tensors().items()}, (6, 32)
+        )
+        assert Scheme.of(found) == scheme
+        assert found.meta() == weight.meta()
+        assert found.nbytes == weight.nbytes
+        assert all(tensor.is_meta for suffix, tensor in found.tensors().items() if suffix != "weight_shape")
+
+
+@pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELZIP])
+def test_weights_of_other_kinds_are_held_by_modelzips_own_layout_alone(layout, weights_of_all_kinds):
+    for name, weight in weights_of_all_kinds(torch.float32).items():
+        if weight.kind == "affine":
+            continue
+        assert not portable([_meta(GROUP4), weight.meta()], transposed=False)
+        if layout == COMPRESSED_TENSORS:
+            with pytest.raises(ValueError, match="can't hold"):
+                quantization_config({name: weight.meta()}, layout=layout, linears=[])
+            continue
+        config = json.loads(json.dumps(quantization_config({name: weight.meta()}, layout=layout, linears=[])))
+        assert torch.equal(decoder(config)(name, weight.tensors()).dense(), weight.dense())
+        assert stored(config, name, {}, weight.shape).nbytes == weight.nbytes
+
+
+def test_shared_parts_are_written_with_their_owners(weights_of_all_kinds):
+    meta = weights_of_all_kinds(torch.float32)["low rank"].meta()
+    shared = {**shared_parts("head", "table", meta), "b.bias": "a.bias"}
+    config = quantization_config({"head": meta, "table": meta}, layout=MODELZIP, linears=[], shared=shared)
+    assert config["shared"] == {
+        "head.weight_left": "table.weight_left",
+        "head.weight_right": "table.weight_right",
+        "b.bias": "a.bias",
+    }
+    with pytest.raises(ValueError, match="can't hold"):
+        quantization_config({}, layout=COMPRESSED_TENSORS, linears=[], shared={"b.bias": "a.bias"})
 
 
 def test_modelzips_own_config_names_every_module_with_its_scheme():
     config = _config(layout=MODELZIP)
     assert config["quant_method"] == "modelzip"
     assert config["version"] == 1
-    assert config["scale_dtype"] == "bfloat16"
     assert config["modules"]["b.k"] == {
         "kind": "affine",
+        "shape": [6, 32],
+        "dtype": "bfloat16",
         "bits": 2,
         "strategy": "channel",
         "group_size": None,
@@ -137,14 +184,14 @@ def test_foreign_layouts_are_refused_by_name(config, words):
     with pytest.raises(ValueError, match=words):
         decoder(config)
     with pytest.raises(ValueError, match=words):
-        stored_scheme(config, "a", {"weight_scale": (4, 1)}, 32)
+        stored(config, "a", PARTS, (4, 32))
 
 
 def test_patterns_and_precedence_are_compressed_tensors_own():
     """Other tools write `re:` targets; an exact name goes before a pattern, and a pattern before a class."""
     config = _config()
     config["config_groups"]["group_3"] = {"targets": [r"re:.*\.k$"], "weights": {"num_bits": 8}}
-    bits = {name: stored_scheme(config, name, {"weight_scale": (4, 1)}, 32).bits for name in ("a.q", "a.k", "b.k")}
+    bits = {name: stored(config, name, PARTS, (4, 32)).bits for name in ("a.q", "a.k", "b.k")}
     assert bits == {"a.q": 4, "a.k": 8, "b.k": 2}
 
 
@@ -152,13 +199,15 @@ def test_a_module_that_no_group_names_is_refused():
     config = _config()
     config["config_groups"]["group_0"]["targets"] = ["re:.*up_proj"]
     with pytest.raises(ValueError, match=r"a\.q"):
-        stored_scheme(config, "a.q", {"weight_scale": (4, 1)}, 32)
+        stored(config, "a.q", PARTS, (4, 32))
 
 
 def _write(model, schemes, folder, exchange, dtype):
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     weights = exchange(model, schemes, dtype)
-    config = quantization_config(schemes, layout=COMPRESSED_TENSORS, linears=linears, scale_dtype=dtype)
+    config = quantization_config(
+        {name: weight.meta() for name, weight in weights.items()}, layout=COMPRESSED_TENSORS, linears=linears
+    )
     model.save_pretrained(folder)
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(stored | {"quantization_config": config}))
@@ -193,7 +242,7 @@ def test_plain_transformers_opens_what_is_portable_as_the_same_weights(
     schemes, dtype, models, saved, exchange, make_dense, tmp_path
 ):
     schemes = schemes(models)
-    assert portable(schemes.values(), transposed=False)
+    assert portable(_metas(schemes).values(), transposed=False)
     model = models.FAMILIES["llama"].build().to(dtype)
     weights, config = _write(model, schemes, tmp_path, exchange, dtype)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()

@@ -66,4 +66,4 @@ def test_it_may_start_on_the_meta_device(weight):
 
 
 def test_it_says_what_it_is(weight):
-    assert repr(CompressedLinear(weight)) == (f"CompressedLinear(in_features=48, out_features=24, bits={weight.bits})")
+    assert repr(CompressedLinear(weight)) == f"CompressedLinear(out=24, in=48, kind=affine, bits={weight.bits})"

@@ -92,7 +92,7 @@ class Written:
         model.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = quantization_config(
-            self.schemes, layout=MODELZIP, linears=[], scale_dtype=scale_dtype
+            {name: weight.meta() for name, weight in self.weights.items()}, layout=MODELZIP, linears=[]
         )
         (folder / "config.json").write_text(json.dumps(config))
         self.memory = model
