@@ -27,6 +27,7 @@ from .student import (
     class_names,
     is_classifier,
     parameters_of,
+    untrainable,
     with_classes,
     with_layers,
 )
@@ -156,11 +157,8 @@ def _check_stage(stage: Stage, source: Checkpoint, problems: _Problems) -> None:
         problems.add("no data is named: give data, a file with labelled texts or plain text, or a hub dataset.")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         problems.add("tensorboard needs the package of that name: install it, or leave tensorboard out.")
-    if source.quantization is not None and not _is_new(settings):
-        problems.add(
-            f"{source.source} is {source.quantization.get('quant_method')}-compressed, and such weights can't be "
-            "trained: train before compressing."
-        )
+    if not _is_new(settings) and (reason := untrainable(source)) is not None:
+        problems.add(f"{source.source} {reason}: train it first, and compress it then.")
 
 
 def _teacher(settings: DistillSettings, recipe: Recipe, problems: _Problems) -> Checkpoint | None:
