@@ -255,7 +255,7 @@ def stored(
 ) -> dict[str, Tensor]:
     """The model's tensors as a checkpoint holds them: tied ones once, under transformers' names.
 
-    dtype: of floating ones, None: as they are. state: the model's state dict where it lies elsewhere, in another process for example.
+    dtype: of floating ones, None: as they are. state: the model's state dict where it isn't the model's own.
     """
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     whole = model.state_dict() if state is None else state

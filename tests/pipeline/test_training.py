@@ -92,7 +92,7 @@ def taught(speaking, learn, tables, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_an_encoder_without_a_head_learns_labels_and_opens_as_a_classifier(taught, tables):
     folder, record = taught
-    assert record["curve"][-1]["accuracy"] >= 0.9  # measured: MEASURED
+    assert record["curve"][-1]["accuracy"] >= 0.9  # measured: 1
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = [line.split("\t") for line in (tables / "dev.tsv").read_text().splitlines()[1:]]
@@ -178,7 +178,7 @@ def test_early_stopping_ends_the_run_and_the_best_weights_are_kept(taught, learn
     assert record["kept_step"] == best["step"]
     assert section["best"] == section["kept"] == {key: best[key] for key in ("step", "eval_loss", "accuracy")}
     again = learn(tmp_path / "out", tmp_path / "again", {**stage, "learning_rate": 1e-12, "max_steps": 1})
-    assert again["curve"][-1]["eval_loss"] == pytest.approx(best["eval_loss"], abs=1e-5)  # measured: 2e-8
+    assert again["curve"][-1]["eval_loss"] == pytest.approx(best["eval_loss"], abs=1e-5)  # measured: 0
 
 
 def test_max_steps_wins_over_epochs_and_epochs_are_counted_in_steps(speaking, learn, tables, tmp_path):
@@ -198,7 +198,7 @@ def test_accumulated_batches_learn_what_one_large_batch_learns(speaking, learn, 
         model, tmp_path / "small", {**stage, "train_batch_size": 32, "gradient_accumulation": 8, "max_steps": 3}
     )
     for one, two in zip(large["curve"], small["curve"], strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)  # measured: 0
 
 
 def test_modules_that_are_ignored_keep_their_weights(speaking, learn, tables, tmp_path):
@@ -244,8 +244,8 @@ def test_a_student_of_some_layers_reaches_the_teacher_on_texts_without_labels(ta
     texts = column(tables / "dev.tsv", 0)
     found, truth = logits_of(tmp_path / "out", texts), logits_of(taught[0], texts)
     agreement = (found.argmax(-1) == truth.argmax(-1)).double().mean()
-    assert agreement >= 0.9
-    assert record["curve"][-1]["loss"] < 0.1 * record["curve"][0]["loss"]
+    assert agreement >= 0.9  # measured: 1
+    assert record["curve"][-1]["loss"] < 0.1 * record["curve"][0]["loss"]  # measured: 0.009
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
@@ -263,7 +263,7 @@ def test_the_first_loss_is_the_one_computed_by_hand(taught, without_dropout, lea
         p, q = q, p
     soft = 9 * (p * (p / q).log()).sum(-1).mean()
     hard = -mine.log_softmax(-1)[torch.arange(len(texts)), torch.tensor([int(one) for one in labels])].mean()
-    assert record["curve"][0]["loss"] == pytest.approx(float(0.7 * soft + 0.3 * hard), rel=1e-4)  # measured: 1e-6
+    assert record["curve"][0]["loss"] == pytest.approx(float(0.7 * soft + 0.3 * hard), rel=1e-5)  # measured: 1e-7
 
 
 def test_a_narrower_student_is_copied_from_the_leading_part_or_starts_at_random(taught, learn, tables, tmp_path):
@@ -283,7 +283,7 @@ def test_hidden_states_of_another_width_are_learned_through_a_projection_that_is
     stage = {**QUICK, "method": "logits", "data": str(tables / "texts.tsv"), "max_steps": 30}
     stage |= {"student_config": {"hidden_size": 16}, "signals": {"hidden": 1.0}, "layer_map": [1, 2]}
     record = learn(taught[0], tmp_path / "out", stage)
-    assert record["curve"][-1]["loss"] < 0.8 * record["curve"][0]["loss"]
+    assert record["curve"][-1]["loss"] < 0.8 * record["curve"][0]["loss"]  # measured: 0.58
     assert not [name for name in weights(tmp_path / "out") if "projection" in name]
 
 
@@ -304,7 +304,7 @@ def test_a_language_model_learns_running_text(speaking, learn, text_file, tmp_pa
         settings = json.loads((model / "tokenizer_config.json").read_text())
         (model / "tokenizer_config.json").write_text(json.dumps({**settings, "mask_token": "</s>"}))
     record = learn(model, tmp_path / "out", stage)
-    assert record["curve"][-1]["loss"] < 0.8 * record["curve"][0]["loss"]
+    assert record["curve"][-1]["loss"] < 0.85 * record["curve"][0]["loss"]  # measured: 0.74, 0.68, 0.60
     assert "accuracy" in record["curve"][-1]
     assert weights(tmp_path / "out").keys() == weights(model).keys()
 
@@ -316,7 +316,7 @@ def test_a_causal_models_loss_is_transformers_own(speaking, learn, text_file, sp
     model = transformers.AutoModelForCausalLM.from_pretrained(speaking("llama"))
     with torch.no_grad():
         loss = float(model(windows, labels=windows).loss)
-    assert record["curve"][0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["curve"][0]["loss"] == pytest.approx(loss, rel=1e-5)  # measured: 0
 
 
 def test_weights_keep_the_type_that_they_came_in(models, speaking, learn, text_file, tmp_path):
@@ -334,7 +334,7 @@ def test_a_number_is_learned_where_labels_are_numbers(speaking, learn, tmp_path)
     stage = {**QUICK, "data": str(tmp_path / "scores.tsv"), "max_steps": 30}
     record = learn(speaking("bert"), tmp_path / "out", stage)
     assert record["task"] == "number"
-    assert record["curve"][-1]["loss"] < 0.5 * record["curve"][0]["loss"]
+    assert record["curve"][-1]["loss"] < 0.5 * record["curve"][0]["loss"]  # measured: 0.30
 
 
 def sentences(learn: Any, model: Path, stage: dict[str, Any]) -> list[str]:

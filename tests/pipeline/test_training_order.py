@@ -10,7 +10,8 @@ from modelzip.pipeline.train.material import Masking, Padding, masked, padded
 from modelzip.pipeline.train.order import POOL, epoch_order, seeded
 from modelzip.pipeline.train.rhythm import best_row, measured_since
 
-LENGTHS = [random.Random(0).randint(3, 60) for _ in range(1003)]
+_DRAW = random.Random(0)
+LENGTHS = [_DRAW.randint(3, 60) for _ in range(1003)]
 
 
 def test_every_example_comes_once_an_epoch_and_in_another_order_in_the_next():
@@ -29,8 +30,8 @@ def test_batches_of_like_lengths_hold_less_padding_than_shuffled_ones():
         return sum(int((part.max() - part).sum()) for part in lengths.split(8))
 
     shuffled = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(0))
-    assert padding(order) < 0.1 * padding(shuffled)  # measured: 0.04
-    assert POOL * 8 < len(LENGTHS)
+    assert padding(order) < 0.1 * padding(shuffled)  # measured: 0.025
+    assert len(LENGTHS) > 2 * POOL * 8
 
 
 def test_only_the_last_batch_is_short_so_that_no_batch_mixes_lengths():
