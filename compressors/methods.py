@@ -13,7 +13,7 @@ from .quantize import methods as quantize
 from .settings import MethodSettings
 
 METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
-    {**quantize.METHODS, **prune.METHODS, **factorize.METHODS}
+    dict([*quantize.METHODS.items(), *prune.METHODS.items(), *factorize.METHODS.items()])
 )
 
 FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType(
