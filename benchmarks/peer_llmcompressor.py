@@ -3,8 +3,9 @@
     python peer_llmcompressor.py MODEL OUTPUT TEXT [--samples 64 --seq-len 512 --method gptq --dtype float32]
 
 The setting is the protocol's: int4 symmetric weights in groups of 64 (or half of the weights pruned), every decoder
-linear, `lm_head` left alone, the first windows of TEXT (tokenized whole, no BOS, cut without overlap) in their order. Everything else is the peer's
-default, which for GPTQ means activation order "static" (the only kind it still has). Prints its phases as JSON.
+linear, `lm_head` left alone, the first windows of TEXT (tokenized whole, no BOS, cut without overlap) in their order.
+Everything else is the peer's default, which for GPTQ means activation order "static" (the only kind it still has).
+Prints its phases as JSON.
 """
 
 from __future__ import annotations

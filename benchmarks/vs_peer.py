@@ -1,4 +1,4 @@
-"""`modelzip quantize --method gptq`, or what else is named, beside llm-compressor's own: wall time, memory, size and agreement, in one run.
+"""modelzip beside llm-compressor on the same work: wall time, memory, size and agreement, in one run.
 
     python vs_peer.py [MODEL] [--calibration TEXT --evaluation TEXT] [--peer-python PEERS/bin/python]
     python vs_peer.py MODEL ... --also asymmetric='--asymmetric' --also-peer peer-rtn='--method rtn'

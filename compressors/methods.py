@@ -13,10 +13,10 @@ from .quantize import methods as quantize
 from .settings import MethodSettings
 
 METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
-    {**quantize.METHODS, **prune.METHODS, **factorize.METHODS}
+    dict([*quantize.METHODS.items(), *prune.METHODS.items(), *factorize.METHODS.items()])
 )
 
 FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType(
     {**quantize.FALLBACK, **prune.FALLBACK}
 )
-"""Where a method doesn't serve: from its settings those of a plainer one, which always does. The plain ones have none."""
+"""Where a method doesn't serve: from its settings those of a plainer one that always does."""

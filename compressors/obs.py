@@ -2,8 +2,8 @@
 
 Hassibi & Stork 1992, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", taken in one order of the
 columns for all rows (Frantar & Alistarh 2023, "SparseGPT", section 3.2): W is the weight, H the Hessian 2XXᵀ (up to a
-factor that cancels), U the upper Cholesky factor of H⁻¹. Changing w_j by δ costs δ² / U²ⱼⱼ when the columns after it make
-up for it as well as they can.
+factor that cancels), U the upper Cholesky factor of H⁻¹. Changing w_j by δ costs δ² / U²ⱼⱼ when the columns after it
+make up for it as well as they can.
 
 Where this differs from the papers, and why:
 - A column that calibration never excites is cut loose from the others and gets the mean diagonal: it may be excited
@@ -47,7 +47,7 @@ class InverseFactor:
     precision: str
 
     def importance(self) -> Tensor:
-        """What an error in each column costs, [in] in the columns' own order: 1 / U²ⱼⱼ, the loss that the surgeon pays for it.
+        """What an error in each column costs, [in] in the columns' own order: 1 / U²ⱼⱼ, the loss that is paid for it.
 
         Not the Hessian's diagonal: what the columns still to come can make up for costs nothing.
         """
@@ -136,8 +136,8 @@ def surgery(
     Entries outside kept (bool [out, in]) become zero. With quotas so do more of them, until there are so many, those
     outside kept counted in: a number for each block of `block_size` columns, or one number for the matrix. They are the
     ones of least cost as they stand when a block is reached: of the block, or of all columns still to come. With a
-    pattern, all but n of each m columns in a row become zero; m must divide block_size. What is left goes to its nearest
-    value on the grid, or keeps its own in `value_dtype`.
+    pattern, all but n of each m columns in a row become zero; m must divide block_size. What is left goes to its
+    nearest value on the grid, or keeps its own in `value_dtype`.
 
     Returns signed codes, or values, [out, in], and what was kept; None if that is all.
     """
@@ -145,7 +145,8 @@ def surgery(
     remaining = weight.T[factor.order].contiguous()
     written = torch.empty_like(remaining, dtype=torch.float32 if grid is None else torch.int8)
     given = None if kept is None else kept.T[factor.order]
-    left = None if given is quotas is pattern is None else torch.empty_like(remaining, dtype=torch.bool)
+    everything = given is None and quotas is None and pattern is None
+    left = None if everything else torch.empty_like(remaining, dtype=torch.bool)
     lost = 0
     for number, start in enumerate(range(0, columns, block_size)):
         block = slice(start, min(start + block_size, columns))

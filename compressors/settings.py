@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Engine: TypeAlias = Literal["layerwise", "structural", "training"]
 
@@ -27,6 +27,8 @@ class MethodSettings(BaseModel):
     whole_stage: ClassVar[frozenset[str]] = frozenset({"method"})
     """Fields that a rule can't change for some modules only."""
 
+    method: str = Field(default="", description="Name of the method.")
+
     @classmethod
     def overlaid(cls, data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a stage as plain data, with those of a rule on top."""
@@ -35,4 +37,4 @@ class MethodSettings(BaseModel):
     @property
     def label(self) -> str:
         """What an output folder's name says of this stage."""
-        return str(getattr(self, "method", ""))
+        return self.method

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.tokenizer_files import SENTENCEPIECE
 from modelzip.recipes.schema import Calibration, Evaluation
 
 from .progress import Progress
@@ -19,6 +20,12 @@ from .text import Windows, read_windows
 
 SELF_HELD_BACK = 8
 """Windows that a model writes for its own evaluation, at most: they take minutes."""
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether there are files of a tokenizer: without any, transformers makes up an empty one for some model types."""
+    names = {path.name for path in checkpoint.side_files}
+    return bool(names & {"tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE})
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Any:

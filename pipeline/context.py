@@ -50,7 +50,7 @@ class Run:
 
     @property
     def targets(self) -> list[Path]:
-        """Where each stage writes to: the folder where it is kept, or a hidden one beside the output; then the output."""
+        """Where each stage writes to: where it is kept, or a hidden folder beside the output; the last, the output."""
         whole = Path(os.path.abspath(self.output))
         stages = self.context.recipe.stages
         return [

@@ -11,7 +11,7 @@ from modelzip.compressors.settings import MethodSettings
 from modelzip.weights.affine import Affine
 from modelzip.weights.dense import Dense
 from modelzip.weights.kronecker import Kronecker
-from modelzip.weights.low_rank import LowRank
+from modelzip.weights.low_rank import Factor, LowRank
 from modelzip.weights.sparse import Sparse
 from modelzip.weights.tensor_train import TensorTrain
 from modelzip.weights.value import CompressedWeight
@@ -49,13 +49,14 @@ def expected(
     """
     if not isinstance(before, LowRank):
         return method.expect(before, settings, dtype)
-    factors = []
+    factors: list[Factor] = []
     for factor in (before.left, before.right):
         made = method.expect(factor, fitted(settings, factor.shape[1])[0], dtype)
-        if isinstance(made, str):
-            return made
+        if not isinstance(made, Factor):
+            return made if isinstance(made, str) else f"its factors can't become {made.kind.replace('_', '-')}"
         factors.append(made)
-    return LowRank(*factors)
+    left, right = factors
+    return LowRank(left, right)
 
 
 def described(weight: CompressedWeight) -> str:

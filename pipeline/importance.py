@@ -72,7 +72,7 @@ def _masking(mask: Tensor, width: int) -> Callable[[nn.Module, tuple[Tensor, ...
 
 def language_model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean cross entropy of the next token, [batch], in nats."""
-    logits = model(**batch).logits[:, :-1].float()
+    logits = _precise(model(**batch).logits[:, :-1])
     return _cross_entropy(logits, batch["input_ids"][:, 1:]).mean(dim=1)
 
 
@@ -83,7 +83,7 @@ def masked_lm_loss(mask_token: int, generator: torch.Generator, *, share: float 
         tokens = batch["input_ids"]
         count = max(1, round(share * tokens.shape[1]))
         places = torch.rand(tokens.shape, generator=generator).argsort(dim=1)[:, :count].to(tokens.device)
-        logits = model(**{**batch, "input_ids": tokens.scatter(1, places, mask_token)}).logits.float()
+        logits = _precise(model(**{**batch, "input_ids": tokens.scatter(1, places, mask_token)}).logits)
         wanted = logits.gather(1, places[:, :, None].expand(-1, -1, logits.shape[-1]))
         return _cross_entropy(wanted, tokens.gather(1, places)).mean(dim=1)
 
@@ -100,12 +100,12 @@ def self_loss(generator: torch.Generator) -> Loss:
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         value, are_logits = _main(model(**batch))
-        rows = value.float().reshape(len(value), -1, value.shape[-1])  # [batch, positions, classes or hidden]
+        rows = _precise(value).reshape(len(value), -1, value.shape[-1])  # [batch, positions, classes or hidden]
         if are_logits and rows.shape[-1] > 1:
             chances = rows.detach().softmax(dim=-1).reshape(-1, rows.shape[-1]).cpu()
             drawn = torch.multinomial(chances, 1, generator=generator).to(rows.device)
             return _cross_entropy(rows, drawn.view(rows.shape[:2])).mean(dim=1)
-        noise = torch.randn(rows.shape, generator=generator).to(rows.device)
+        noise = torch.randn(rows.shape, generator=generator).to(rows)
         return 0.5 * (rows - (rows.detach() + noise)).square().flatten(1).sum(dim=1)
 
     return loss
@@ -135,6 +135,11 @@ def _main(output: Any) -> tuple[Tensor, bool]:
             return found, name == "logits"
     numbers = [value for value in output.values() if isinstance(value, Tensor) and value.is_floating_point()]
     return torch.cat([value.flatten(1) for value in numbers], dim=1), False
+
+
+def _precise(value: Tensor) -> Tensor:
+    """At least fp32: half precision is too coarse for sums of losses."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,10 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from modelzip.checkpoints.blocks import Structure, find_structure, skeleton
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.rewrite import Cut, Rewrite, expected, opens, with_number
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.compressors.prune.structural import every_other, least_influential
@@ -26,7 +24,7 @@ from .context import Context
 from .importance import change_from, greedy_layers, hidden_input, main_value
 from .measure import open_streamed
 from .room import memory_needed
-from .smaller import StructuralMethod
+from .smaller import Headers, StructuralMethod, headers_of
 from .text import Windows
 from .whole import compute_dtype, data_of, load_whole, loss_of, loss_problem, whole_bytes
 
@@ -49,8 +47,8 @@ class _Stack:
 
 def plan_layers(settings: Layers, checkpoint: Checkpoint) -> list[int]:
     """The layers that stay; where a criterion will choose them, the first ones. Raises ProblemsError."""
-    model, names, structure = _headers(checkpoint)
-    stack = _stack(settings, model, names, structure)
+    headers = headers_of(checkpoint)
+    stack = _stack(settings, headers)
     layers = len(stack.blocks)
     problems = []
     strange = [layer for layer in (*settings.keep, *settings.drop) if layer >= layers]
@@ -59,7 +57,7 @@ def plan_layers(settings: Layers, checkpoint: Checkpoint) -> list[int]:
     if settings.count is not None and settings.count >= layers:
         problems.append(f"count {settings.count} leaves nothing of {layers} layers: take less")
     is_greedy = settings.count is not None and settings.criterion == "greedy"
-    if is_greedy and (problem := loss_problem(settings.loss, model)):
+    if is_greedy and (problem := loss_problem(settings.loss, headers.model)):
         problems.append(problem)
     if problems:
         raise ProblemsError(problems)
@@ -80,8 +78,8 @@ def plan_layers(settings: Layers, checkpoint: Checkpoint) -> list[int]:
 def choose_layers(settings: Layers, checkpoint: Checkpoint, windows: Windows | None, context: Context) -> list[int]:
     """The layers that stay, by the criterion."""
     assert settings.count is not None
-    model, names, structure = _headers(checkpoint)
-    stack = _stack(settings, model, names, structure)
+    headers = headers_of(checkpoint)
+    stack = _stack(settings, headers)
     with torch.no_grad():
         if settings.criterion == "similarity":
             streamed = open_streamed(checkpoint, context.recipe.dtype, context.device)
@@ -157,8 +155,8 @@ def _greedy(
 
 def build_layers(settings: Layers, checkpoint: Checkpoint, kept: Sequence[int]) -> Rewrite:
     """The layers that stay under new numbers. Raises CheckpointError if no such model can be opened."""
-    model, names, structure = _headers(checkpoint)
-    stack = _stack(settings, model, names, structure)
+    headers = headers_of(checkpoint)
+    stack = _stack(settings, headers)
     parts: dict[str, dict[str, Cut]] = {}
     dropped: dict[str, str] = {}
     new = {str(old): str(number) for number, old in enumerate(kept)}
@@ -170,8 +168,8 @@ def build_layers(settings: Layers, checkpoint: Checkpoint, kept: Sequence[int]) 
             dropped[name] = f"layer {old} is taken out"
         elif new[old] != old:
             parts.setdefault(f"{stack.path}.{new[old]}", {})[f"{stack.stored}.{new[old]}.{rest}"] = Cut(name)
-    config = _config(model, checkpoint, stack, kept)
-    record = {"method": "layers", "of": len(stack.blocks), "kept": list(kept), "note": ""}
+    config = _config(headers.model, checkpoint, stack, kept)
+    record = {"method": "layers", "of": len(stack.blocks), "left": len(kept), "kept": list(kept), "note": ""}
     rewrite = Rewrite(config=config, parts=parts, dropped=dropped, records={stack.path: record})
     if problem := opens(expected(rewrite, checkpoint)):
         raise CheckpointError(problem)
@@ -228,13 +226,8 @@ def _renamed_shared(quantization: Mapping[str, Any], stack: _Stack, kept: Sequen
     return {"shared": found}
 
 
-def _headers(checkpoint: Checkpoint) -> tuple[Any, NameMap, Structure]:
-    model = skeleton(checkpoint)
-    names = NameMap(model, checkpoint)
-    return model, names, find_structure(model, checkpoint, names=names)
-
-
-def _stack(settings: Layers, model: Any, names: NameMap, structure: Structure) -> _Stack:
+def _stack(settings: Layers, headers: Headers) -> _Stack:
+    model, names, structure = headers.model, headers.names, headers.structure
     paths = list(dict.fromkeys(block.name.rpartition(".")[0] for block in structure.blocks))
     if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
         raise CheckpointError("its attention is scaled by the layer's number, so layers can't be counted anew")
@@ -244,7 +237,7 @@ def _stack(settings: Layers, model: Any, names: NameMap, structure: Structure) -
         if settings.stack is None:
             raise CheckpointError(f"it has {len(paths)} stacks of layers, {', '.join(paths)}: choose one with stack")
         paths = [path for path in paths if settings.stack in path.split(".")]
-        keys = COUNT_KEYS[settings.stack]
+        keys: tuple[str, ...] = COUNT_KEYS[settings.stack]
     else:
         keys = (model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers"),)
     if len(paths) != 1 or model.config.get_text_config() is not model.config:
@@ -260,28 +253,28 @@ def _stack(settings: Layers, model: Any, names: NameMap, structure: Structure) -
 
 
 def _memory(settings: Layers, checkpoint: Checkpoint, recipe: Recipe) -> int:
-    model, _, structure = _headers(checkpoint)
+    headers = headers_of(checkpoint)
     largest = max(info.nbytes for info in checkpoint.tensors.values())
     if settings.count is None:
         return 2 * largest
     if settings.criterion == "similarity":
-        return memory_needed(recipe, checkpoint, structure, model.config, needs_data=True)
-    config = model.config.get_text_config()
+        return memory_needed(recipe, checkpoint, headers.structure, headers.model.config, needs_data=True)
+    config = headers.model.config.get_text_config()
     logits: int = 8 * config.vocab_size * recipe.calibration.seq_len * recipe.calibration.batch_size
     kept: int = 4 * config.vocab_size * recipe.calibration.seq_len * recipe.calibration.samples
     is_compared = settings.loss == "self"
     return whole_bytes(recipe, checkpoint) + largest + logits + (kept if is_compared else 0)
 
 
-def _notes(settings: Layers, checkpoint: Checkpoint, kept: Sequence[int]) -> tuple[str, ...]:
-    model, names, structure = _headers(checkpoint)
-    layers = len(_stack(settings, model, names, structure).blocks)
+def _notes(settings: Layers, rewrite: Rewrite) -> tuple[str, ...]:
+    (record,) = rewrite.records.values()
+    layers = record["of"]
     if settings.count is not None:
         note = f"{settings.count} of {layers} layers go, chosen by {settings.criterion} once they are measured"
         is_whole = settings.criterion == "greedy"
         return (note, "the whole model is in memory while they are") if is_whole else (note,)
-    gone = ", ".join(str(layer) for layer in range(layers) if layer not in kept)
-    return (f"{layers - len(kept)} of {layers} layers go: {gone}",)
+    gone = [str(layer) for layer in range(layers) if layer not in record["kept"]]
+    return (f"{len(gone)} of {layers} layers go: {', '.join(gone)}",)
 
 
 LAYERS: Final = StructuralMethod(plan_layers, build_layers, choose_layers, _memory, _notes)

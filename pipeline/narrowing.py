@@ -6,16 +6,14 @@ An output head that is tied to the embedding shares the factors; one of its own 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.headers import TensorInfo
 from modelzip.checkpoints.index import DTYPES, Checkpoint
-from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.rewrite import Rewrite, expected, opens
 from modelzip.compressors.factorize.budget import SMALLEST, ratio_for_budget
 from modelzip.compressors.factorize.embedding import embedding_factors, smoothed
@@ -28,7 +26,7 @@ from modelzip.weights.low_rank import LowRank
 
 from .context import Context
 from .headers import info_of
-from .smaller import StructuralMethod
+from .smaller import StructuralMethod, headers_of
 from .tables import Table, input_table, refusal
 from .text import Windows
 
@@ -62,10 +60,9 @@ def plan_embedding(settings: Embedding, checkpoint: Checkpoint) -> Narrowed:
     quantization = checkpoint.quantization
     if quantization is not None and quantization.get("quant_method") != MODELZIP:
         raise ProblemsError([f"{checkpoint.source} is quantized already: factorize the embedding before quantizing"])
-    model = skeleton(checkpoint)
-    names = NameMap(model, checkpoint)
-    table = input_table(model, names)
-    if names.parts(table.module):
+    headers = headers_of(checkpoint)
+    table = input_table(headers.model, headers.names)
+    if headers.names.parts(table.module):
         raise ProblemsError([f"{table.module} is compressed already: give the original model"])
     dtype = DTYPES[checkpoint.tensors[table.tensor].dtype]
     rank = min(chosen_rank(_sized(settings, table, checkpoint), table.shape), *table.shape)
@@ -82,7 +79,7 @@ def plan_embedding(settings: Embedding, checkpoint: Checkpoint) -> Narrowed:
                 "dense: take a lower rank"
             ]
         )
-    if problem := refusal(table, model, weight):
+    if problem := refusal(table, headers.model, weight):
         raise CheckpointError(problem)
     return Narrowed(table, weight)
 
@@ -183,14 +180,13 @@ def _memory(settings: Embedding, checkpoint: Checkpoint, recipe: Recipe) -> int:
     return largest + 4 * 4 * rows * columns + 4 * 8 * columns**2
 
 
-def _notes(settings: Embedding, checkpoint: Checkpoint, narrowed: Narrowed) -> tuple[str, ...]:
-    table = narrowed.table
+def _notes(settings: Embedding, rewrite: Rewrite) -> tuple[str, ...]:
+    ((name, record),) = rewrite.records.items()
     at_most = " at most" if settings.energy is not None else ""
-    notes = [
-        f"{table.module} ({table.shape[0]:,} × {table.shape[1]:,}) becomes two factors of rank {narrowed.weight.rank}{at_most}"
-    ]
-    if table.others:
-        notes.append(f"it is tied to {' and '.join(table.others)}, which will use the same factors")
+    rows, columns = record["weight"]["shape"]
+    notes = [f"{name} ({rows:,} × {columns:,}) becomes two factors of rank {record['rank']}{at_most}"]
+    if record["shared_with"]:
+        notes.append(f"{' and '.join(record['shared_with'])}, tied to it, will use the same factors")
     return (*notes, "the result is in modelzip's own layout: opening it needs `import modelzip.weights`")
 
 

@@ -16,10 +16,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from modelzip.checkpoints.blocks import Block, Linear, Structure, find_structure, skeleton
+from modelzip.checkpoints.blocks import Block, Linear, Structure
 from modelzip.checkpoints.errors import CheckpointError, ModelzipError, ProblemsError
 from modelzip.checkpoints.index import DTYPES, Checkpoint, TensorInfo
-from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.rewrite import Rewrite, expected, opens
 from modelzip.checkpoints.streamed import StreamedModel, start
 from modelzip.checkpoints.units import find_neurons
@@ -38,7 +37,7 @@ from .inputs import sums_of_inputs
 from .layer_stage import HIDDEN_SHARE
 from .measure import open_streamed
 from .room import memory_needed
-from .smaller import StructuralMethod
+from .smaller import Headers, StructuralMethod, headers_of
 from .text import Windows
 
 
@@ -68,36 +67,12 @@ class Group:
     leaves: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Headers:
-    """A checkpoint's skeleton with its names and structure."""
-
-    model: Any
-    names: NameMap
-    structure: Structure
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> _Headers:
-        model = skeleton(checkpoint)
-        names = NameMap(model, checkpoint)
-        return cls(model, names, find_structure(model, checkpoint, names=names))
-
-    def parameter(self, block: int, leaf: str) -> str:
-        return f"{self.structure.blocks[block].name}.{leaf}"
-
-    def stored(self, block: int, leaf: str) -> str:
-        """The checkpoint's tensor of a parameter of which `_refuse_unfit` has found that it has one."""
-        source = self.names.source(self.parameter(block, leaf))
-        assert source is not None
-        return source
-
-
 def plan_share(settings: Share, checkpoint: Checkpoint) -> tuple[Group, ...]:
     """The groups of layers. Raises ProblemsError with what stands in the way, CheckpointError for unknown models."""
     quantization = checkpoint.quantization
     if quantization is not None and quantization.get("quant_method") != MODELZIP:
         raise ProblemsError([f"{checkpoint.source} is quantized already: share layers before quantizing"])
-    headers = _Headers.of(checkpoint)
+    headers = headers_of(checkpoint)
     stacks: dict[str, list[int]] = {}
     for number, block in enumerate(headers.structure.blocks):
         stacks.setdefault(block.name.rpartition(".")[0], []).append(number)
@@ -117,7 +92,7 @@ def plan_share(settings: Share, checkpoint: Checkpoint) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _leaves(settings: Share, headers: _Headers, blocks: tuple[int, ...]) -> tuple[str, ...]:
+def _leaves(settings: Share, headers: Headers, blocks: tuple[int, ...]) -> tuple[str, ...]:
     """The parameters inside a layer that are to be shared. Raises ProblemsError if layers don't have the same."""
     linears = {} if settings.scope == "all" else _linears_of(settings.scope, headers)
     found: dict[int, list[str]] = {}
@@ -131,12 +106,12 @@ def _leaves(settings: Share, headers: _Headers, blocks: tuple[int, ...]) -> tupl
         if odd := sorted(set(leaves) ^ set(first)):
             has = number if odd[0] in leaves else blocks[0]
             raise ProblemsError(
-                [f"the layers aren't alike: of those to be shared, not all have {headers.parameter(has, odd[0])}"]
+                [f"the layers aren't alike: of those to be shared, not all have {_parameter(headers, has, odd[0])}"]
             )
     return tuple(first)
 
 
-def _linears_of(scope: str, headers: _Headers) -> dict[int, set[str]]:
+def _linears_of(scope: str, headers: Headers) -> dict[int, set[str]]:
     """By block, the linears of the attention or of the feed-forward, named from the block on.
 
     Feed-forwards are known by the names and shapes of their projections; all other linears are the attention's.
@@ -154,13 +129,13 @@ def _linears_of(scope: str, headers: _Headers) -> dict[int, set[str]]:
     return found
 
 
-def _refuse_unfit(group: Group, headers: _Headers, checkpoint: Checkpoint) -> None:
+def _refuse_unfit(group: Group, headers: Headers, checkpoint: Checkpoint) -> None:
     """Raise ProblemsError unless each shared parameter is a tensor of the checkpoint, and alike in all layers."""
     tied = {name for names in headers.names.tied for name in names}
     for leaf in group.leaves:
         alike = set()
         for number in group.blocks:
-            name = headers.parameter(number, leaf)
+            name = _parameter(headers, number, leaf)
             source = headers.names.source(name)
             if name in tied:
                 raise ProblemsError([f"{name} is tied to another weight already: give the original model"])
@@ -174,7 +149,7 @@ def _refuse_unfit(group: Group, headers: _Headers, checkpoint: Checkpoint) -> No
 
 def build_share(settings: Share, checkpoint: Checkpoint, groups: tuple[Group, ...]) -> Rewrite:
     """The first layer of each group with what all of it will use. Raises CheckpointError if no such model opens."""
-    headers = _Headers.of(checkpoint)
+    headers = headers_of(checkpoint)
     parts: dict[str, dict[str, Mean]] = {}
     shared: dict[str, str] = {}
     records: dict[str, dict[str, Any]] = {}
@@ -182,9 +157,9 @@ def build_share(settings: Share, checkpoint: Checkpoint, groups: tuple[Group, ..
         owner = group.blocks[0]
         made = {}
         for leaf in group.leaves:
-            made[headers.stored(owner, leaf)] = Mean(tuple(headers.stored(number, leaf) for number in group.blocks))
+            made[_stored(headers, owner, leaf)] = Mean(tuple(_stored(headers, number, leaf) for number in group.blocks))
             for number in group.blocks[1:]:
-                shared[headers.parameter(number, leaf)] = headers.parameter(owner, leaf)
+                shared[_parameter(headers, number, leaf)] = _parameter(headers, owner, leaf)
         parts[_part(headers.structure, group)] = made
         record = {"method": settings.method, "scope": settings.scope, "start": settings.start, "groups": [], "note": ""}
         names = [headers.structure.blocks[number].name for number in group.blocks]
@@ -196,6 +171,17 @@ def build_share(settings: Share, checkpoint: Checkpoint, groups: tuple[Group, ..
     if problem := opens(expected(rewrite, checkpoint)):
         raise CheckpointError(problem)
     return rewrite
+
+
+def _parameter(headers: Headers, block: int, leaf: str) -> str:
+    return f"{headers.structure.blocks[block].name}.{leaf}"
+
+
+def _stored(headers: Headers, block: int, leaf: str) -> str:
+    """The checkpoint's tensor of a parameter of which `_refuse_unfit` has found that it has one."""
+    source = headers.names.source(_parameter(headers, block, leaf))
+    assert source is not None
+    return source
 
 
 def _part(structure: Structure, group: Group) -> str:
@@ -308,7 +294,7 @@ def _write_fit(
 
 
 def _memory(settings: Share, checkpoint: Checkpoint, recipe: Recipe) -> int:
-    headers = _Headers.of(checkpoint)
+    headers = headers_of(checkpoint)
     largest = max(info.nbytes for info in checkpoint.tensors.values())
     layer = max(4 * sum(one.shape[0] * one.shape[1] for one in block.linears) for block in headers.structure.blocks)
     if settings.start == "average":
@@ -321,11 +307,12 @@ def _memory(settings: Share, checkpoint: Checkpoint, recipe: Recipe) -> int:
     return needed + layer + sums
 
 
-def _notes(settings: Share, checkpoint: Checkpoint, groups: tuple[Group, ...]) -> tuple[str, ...]:
+def _notes(settings: Share, rewrite: Rewrite) -> tuple[str, ...]:
     what = {"all": "layers", "attention": "attentions", "feed-forward": "feed-forwards"}[settings.scope]
-    layers = sum(len(group.blocks) for group in groups)
+    groups = [names for record in rewrite.records.values() for names in record["groups"]]
     return (
-        f"{layers} {what} become {len(groups)}, held once in the file and in memory; a forward pass takes as long as ever",
+        f"{sum(map(len, groups))} {what} become {len(groups)}, held once in the file and in memory; a forward pass "
+        "takes as long as ever",
         "the result is in modelzip's own layout: opening it needs `import modelzip.weights`",
     )
 

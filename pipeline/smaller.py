@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
+from modelzip.checkpoints.blocks import Structure, find_structure, skeleton
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.rewrite import Rewrite
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.recipes.schema import Recipe
 
 from .context import Context
 from .text import Windows
+
+
+@dataclass(frozen=True)
+class Headers:
+    """A checkpoint's model on the meta device, not to be changed, its names and its structure."""
+
+    model: Any
+    names: NameMap
+    structure: Structure
+
+
+@lru_cache(maxsize=2)
+def headers_of(checkpoint: Checkpoint) -> Headers:
+    """Made once for all that a stage's plan asks of it."""
+    model = skeleton(checkpoint)
+    names = NameMap(model, checkpoint)
+    return Headers(model, names, find_structure(model, checkpoint, names=names))
 
 
 class WholeSettings(Protocol):
@@ -43,5 +63,5 @@ class StructuralMethod:
     build: Callable[[Any, Checkpoint, Any], Rewrite]
     choose: Callable[[Any, Checkpoint, Windows | None, Context], Any] | None
     memory: Callable[[Any, Checkpoint, Recipe], int]
-    notes: Callable[[Any, Checkpoint, Any], tuple[str, ...]]
+    notes: Callable[[Any, Rewrite], tuple[str, ...]]
     fill: Callable[[Any, Checkpoint, Rewrite, CheckpointWriter, Windows | None, Context], None] | None = None

@@ -14,7 +14,7 @@ from modelzip.compressors.factorize.statistics import factor_hessian
 from modelzip.compressors.layer import LayerTask, UnsuitableError
 from modelzip.compressors.methods import FALLBACK
 from modelzip.compressors.settings import MethodSettings
-from modelzip.weights.low_rank import LowRank
+from modelzip.weights.low_rank import Factor, LowRank
 from modelzip.weights.sparse import Sparse
 from modelzip.weights.value import CompressedWeight
 
@@ -41,7 +41,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Solved:
-    """weight: None if the matrix is left as it is. method: the one that made it. fallback: why not the one asked for."""
+    """weight: None if the matrix is left as it is. method: what made it. fallback: why not the one asked for."""
 
     weight: CompressedWeight | None
     method: str
@@ -107,19 +107,21 @@ def _solve_factors(
     """W = L R: R sees the inputs x, and L sees what the compressed R makes of them, so its Hessian is R̂ H R̂ᵀ."""
     halves = []
     for part, factor in (("right", now.right), ("left", now.left)):
-        weight = factor.dense(torch.float32)
-        fit, _ = fitted(settings, weight.shape[1])
-        half = solve(f"{name}.{part}", weight, None, settings=fit, statistic=statistic, job=job)
+        fit, _ = fitted(settings, factor.shape[1])
+        dense = factor.dense(torch.float32)
+        half = solve(f"{name}.{part}", dense, None, settings=fit, statistic=statistic, job=job)
         halves.append(half)
         if statistic is not None and part == "right":
-            right = (half.weight or factor).dense(torch.float32)
-            statistic = Statistic(factor_hessian(statistic.value, right), statistic.tokens)
+            fed = (half.weight or factor).dense(torch.float32)
+            statistic = Statistic(factor_hessian(statistic.value, fed), statistic.tokens)
     right_half, left_half = halves
-    weight = LowRank(left_half.weight or now.left, right_half.weight or now.right)
+    left, right = left_half.weight or now.left, right_half.weight or now.right
+    assert isinstance(left, Factor), "the plan has refused other kinds"
+    assert isinstance(right, Factor)
     notes = [f"{side} factor: {half.note}" for side, half in zip(("right", "left"), halves, strict=True) if half.note]
     fallback = right_half.fallback or left_half.fallback
     method = next((half.method for half in halves if half.fallback), settings.method)
-    return Solved(weight, method, fallback, "; ".join(notes) or None)
+    return Solved(LowRank(left, right), method, fallback, "; ".join(notes) or None)
 
 
 def _seed(seed: int, name: str) -> int:

@@ -119,7 +119,7 @@ def plan_structural(
         memory_bytes=BASE_BYTES + method.memory(settings, checkpoint, recipe),
         disk_bytes=after + (before if later else 0),
         needs_data=settings.needs_data,
-        notes=method.notes(settings, checkpoint, choice),
+        notes=method.notes(settings, rewrite),
     )
 
 

@@ -15,9 +15,10 @@ from modelzip.weights.value import CompressedWeight
 
 @dataclass(frozen=True)
 class Table:
-    """A matrix that is looked up. module: the one under whose name the checkpoint holds it. tensor: of its weight there;
-    of a compressed one, the name that the weight would have. others: modules that use the same matrix, such as a tied
-    output head.
+    """A matrix that is looked up.
+
+    module: the one under whose name the checkpoint holds it. tensor: of its weight there; of a compressed one, the name
+    that the weight would have. others: modules that use the same matrix, such as a tied output head.
     """
 
     module: str

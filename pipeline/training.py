@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CheckpointError, RecipeError
-from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.target import workspace_of
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.recipes.match import matches
@@ -87,8 +87,7 @@ def run_training(
             if writer:
                 _write(writer, student, learned, record)
         if writer:
-            config = {key: value for key, value in student.config.items() if key != "quantization_config"}
-            writer.finish(config=config, files={PROVENANCE: describe(record)})
+            writer.finish(config=student.written_config(), files={PROVENANCE: describe(record)})
         ranks.wait()
     return dict(record)
 
@@ -246,12 +245,12 @@ def _tokens(plan: TrainingPlan, student: Student, lesson: Lesson, *, seed: int) 
 
 def _write(writer: CheckpointWriter, student: Student, learned: Learned, record: dict[str, Any]) -> None:
     """The student's tensors take the place of all that its origin has."""
-    model = _named(student)
-    tensors = stored(model, dtype=student.origin.dtype, state=learned.state)
+    tensors = stored(_named(student), state=learned.state)
     planned = student.checkpoint().tensors
     if tensors.keys() != planned.keys():
         strange = sorted(tensors.keys() ^ planned.keys())[0]
         raise CheckpointError(f"{strange} was planned or trained, but not both; nothing was written.")
+    tensors = {name: tensor.to(DTYPES[planned[name].dtype]) for name, tensor in tensors.items()}
     writer.write_part(PART, tensors, replaces=student.origin.tensors, record={"training": record})
 
 

@@ -9,10 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from modelzip.checkpoints.blocks import find_structure, skeleton
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
-from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.rewrite import Cut, Rewrite, expected, opens, with_number
 from modelzip.checkpoints.units import Axis, Units, find_heads, find_neurons, indices
 from modelzip.compressors.prune.structural import Kept, choose, magnitudes, normalised
@@ -25,7 +23,7 @@ from modelzip.weights.value import dtype_name
 
 from .context import Context
 from .importance import importance
-from .smaller import StructuralMethod
+from .smaller import Headers, StructuralMethod, headers_of
 from .text import Windows
 from .whole import compute_dtype, data_of, load_whole, loss_of, loss_problem, whole_bytes
 
@@ -39,32 +37,32 @@ ACTIVATIONS: Final = 17
 (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 1: 34 bytes)."""
 
 
-class _Model:
-    """A checkpoint's skeleton with its names and units, from headers alone."""
+def _found(settings: UnitSettings, checkpoint: Checkpoint) -> tuple[Headers, list[Units]]:
+    headers = headers_of(checkpoint)
+    find = find_heads if isinstance(settings, Heads) else find_neurons
+    return headers, find(headers.model, headers.structure)
 
-    def __init__(self, settings: UnitSettings, checkpoint: Checkpoint) -> None:
-        self.model = skeleton(checkpoint)
-        self.names = NameMap(self.model, checkpoint)
-        self.structure = find_structure(self.model, checkpoint, names=self.names)
-        find = find_heads if isinstance(settings, Heads) else find_neurons
-        self.units = find(self.model, self.structure)
+
+def units_of(settings: UnitSettings, checkpoint: Checkpoint) -> list[Units]:
+    """The heads or neurons of a checkpoint, layer by layer, as `importance` takes them. Raises CheckpointError."""
+    return _found(settings, checkpoint)[1]
 
 
 def plan_units(settings: UnitSettings, checkpoint: Checkpoint) -> list[Kept]:
     """As many units as will stay, the first ones of each layer. Raises ProblemsError, CheckpointError."""
-    found = _Model(settings, checkpoint)
+    headers, every = _found(settings, checkpoint)
     problems = []
-    if settings.needs_data and (problem := loss_problem(settings.loss, found.model)):
+    if settings.needs_data and (problem := loss_problem(settings.loss, headers.model)):
         problems.append(problem)
     quantization = checkpoint.quantization
     if quantization is not None and quantization.get("quant_method") != MODELZIP:
         problems.append(f"{checkpoint.source} is quantized already: prune {settings.method} before quantizing")
-    stored = [p.parameter for units in found.units for p in units.pieces if found.names.source(p.parameter) is None]
+    stored = [p.parameter for units in every for p in units.pieces if headers.names.source(p.parameter) is None]
     if stored and not problems:
         problems.append(f"{stored[0]} isn't stored as it is, but compressed or fused: give the original model")
-    kept = _chosen(settings, found.units, [torch.arange(units.count) for units in found.units])
-    if all(len(one.units) == units.count for one, units in zip(kept, found.units, strict=True)):
-        problems.append(_too_little(settings, found.units[0]))
+    kept = _chosen(settings, every, [torch.arange(units.count) for units in every])
+    if all(len(one.units) == units.count for one, units in zip(kept, every, strict=True)):
+        problems.append(_too_little(settings, every[0]))
     if problems:
         raise ProblemsError(problems)
     return kept
@@ -97,7 +95,7 @@ def choose_units(
     """The units that stay, by the gradients of the loss on the windows or by the norms of their weights."""
     if isinstance(settings, Neurons) and settings.criterion == "magnitude":
         return _chosen(settings, *_magnitudes(settings, checkpoint))
-    found = _Model(settings, checkpoint)
+    _, every = _found(settings, checkpoint)
     recipe = context.recipe
     dtype = compute_dtype(recipe, checkpoint, context.device)
     model = load_whole(checkpoint, dtype=dtype, device=context.device)
@@ -105,74 +103,74 @@ def choose_units(
     _, loss = loss_of(settings.loss, model, checkpoint, seed=recipe.seed)
     scores = importance(
         model,
-        found.units,
+        every,
         data,
         loss,
         step=lambda done: context.progress.step("score", done, len(data), settings.method),
     )
-    return _chosen(settings, found.units, scores)
+    return _chosen(settings, every, scores)
 
 
 def _magnitudes(settings: UnitSettings, checkpoint: Checkpoint) -> tuple[list[Units], list[Tensor]]:
     """One layer's weights in memory at a time."""
-    found = _Model(settings, checkpoint)
+    headers, every = _found(settings, checkpoint)
     scores = []
-    for units in found.units:
+    for units in every:
         weights: list[Tensor] = []
         for piece in (piece for piece in units.pieces if piece.parameter.endswith(".weight")):
-            source = found.names.source(piece.parameter)
+            source = headers.names.source(piece.parameter)
             assert source is not None
             stored = checkpoint.read([source])[source]
             by_row = stored if piece.dim == 0 else stored.T
             weights += torch.split(by_row, units.count)
         scores.append(magnitudes(weights))
-    return found.units, scores
+    return every, scores
 
 
 def build_units(settings: UnitSettings, checkpoint: Checkpoint, kept: Sequence[Kept]) -> Rewrite:
     """The tensors of the units that stay, and a config that says their number, if it can. Raises ProblemsError."""
-    found = _Model(settings, checkpoint)
+    headers, every = _found(settings, checkpoint)
     parts: dict[str, dict[str, Cut]] = {}
     records = {}
-    for units, one in zip(found.units, kept, strict=True):
-        block = found.structure.blocks[units.block].name
+    for units, one in zip(every, kept, strict=True):
+        block = headers.structure.blocks[units.block].name
         by_axis: dict[Axis, Tensor] = {"query": one.units, "pair": one.pairs, "neuron": one.units}
         for piece in units.pieces:
-            source = found.names.source(piece.parameter)
+            source = headers.names.source(piece.parameter)
             assert source is not None
             cut = Cut(source, {piece.dim: indices(piece, by_axis, units.counts)})
             parts.setdefault(block, {})[source] = cut
         records[units.module] = {
             "method": settings.method,
             "of": units.count,
-            "kept": one.units.tolist() if isinstance(settings, Heads) else len(one.units),
+            "left": len(one.units),
+            "kept": one.units.tolist(),
             "note": "",
         }
     rewrite = Rewrite(config=dict(checkpoint.config), parts=parts, records=records)
-    plain = _plain_config(settings, found, kept, checkpoint)
+    plain = _plain_config(settings, checkpoint, kept)
     if plain is not None and opens(expected(replace(rewrite, config=plain), checkpoint)) is None:
         return replace(rewrite, config=plain)
-    if any(units.config_only for units in found.units):
+    if any(units.config_only for units in every):
         raise ProblemsError(
             [f"config.json of {checkpoint.source} can't say what is left; take the scope uniform, or another share"]
         )
-    resized = _resized(found, kept, rewrite, checkpoint)
+    resized = _resized(settings, checkpoint, kept, rewrite=rewrite)
     if problem := opens(expected(resized, checkpoint)):
         raise CheckpointError(problem)
     return resized
 
 
-def _plain_config(
-    settings: UnitSettings, found: _Model, kept: Sequence[Kept], checkpoint: Checkpoint
-) -> dict[str, Any] | None:
+def _plain_config(settings: UnitSettings, checkpoint: Checkpoint, kept: Sequence[Kept]) -> dict[str, Any] | None:
     """config.json with the new numbers, None if layers may differ. Whether it makes such a model is to be tried."""
     numbers = {(len(one.units), len(one.pairs)) for one in kept}
     if len(numbers) > 1 or settings.scope == "global":
         return None
     ((units, pairs),) = numbers
-    config, before = dict(checkpoint.config), found.model.config
+    headers, every = _found(settings, checkpoint)
+    config, before = dict(checkpoint.config), headers.model.config
     if isinstance(settings, Neurons):
-        count = found.units[0].count
+        count = every[0].count
         keys = [key for key in NEURON_KEYS if getattr(before, key, None) == count]
         # GPT-2's n_inner is None where it is four times the hidden size.
         keys += [key for key in ("n_inner",) if key in before.to_dict() and getattr(before, key) is None]
@@ -181,17 +179,18 @@ def _plain_config(
     config = with_number(config, known, known.get("num_attention_heads", "num_attention_heads"), units)
     if "num_key_value_heads" in before.to_dict():
         config["num_key_value_heads"] = pairs
-    return with_number(config, known, known.get("head_dim", "head_dim"), found.units[0].width)
+    return with_number(config, known, known.get("head_dim", "head_dim"), every[0].width)
 
 
-def _resized(found: _Model, kept: Sequence[Kept], rewrite: Rewrite, checkpoint: Checkpoint) -> Rewrite:
+def _resized(settings: UnitSettings, checkpoint: Checkpoint, kept: Sequence[Kept], *, rewrite: Rewrite) -> Rewrite:
     """Config.json as it was, with the sizes of the linears that differ from what it says, which then lie [out, in]."""
+    headers, every = _found(settings, checkpoint)
     before = checkpoint.quantization or quantization_config({}, layout=MODELZIP, linears=[])
     modules: dict[str, Any] = dict(before["modules"])
     attributes: dict[str, Any] = dict(before.get(ATTRIBUTES, {}))
     turned = {
-        str(found.names.source(f"{linear.name}.weight"))
-        for block in found.structure.blocks
+        str(headers.names.source(f"{linear.name}.weight"))
+        for block in headers.structure.blocks
         for linear in block.linears
         if linear.transposed
     }
@@ -200,11 +199,11 @@ def _resized(found: _Model, kept: Sequence[Kept], rewrite: Rewrite, checkpoint: 
         for part, cuts in rewrite.parts.items()
     }
     after = expected(replace(rewrite, parts=parts), checkpoint).tensors
-    for units, one in zip(found.units, kept, strict=True):
+    for units, one in zip(every, kept, strict=True):
         for name in units.resized:
-            info = after[str(found.names.source(f"{name}.weight"))]
+            info = after[str(headers.names.source(f"{name}.weight"))]
             modules[name] = {"kind": Dense.kind, "shape": list(info.shape), "dtype": dtype_name(DTYPES[info.dtype])}
-        for name, numbers in _numbers(found.model, units, one).items():
+        for name, numbers in _numbers(headers.model, units, one).items():
             attributes[name] = {**attributes.get(name, {}), **numbers}
     quantization = {**before, "modules": modules, **({ATTRIBUTES: attributes} if attributes else {})}
     return replace(rewrite, parts=parts, config={**checkpoint.config, "quantization_config": quantization})
@@ -232,25 +231,24 @@ def _memory(settings: UnitSettings, checkpoint: Checkpoint, recipe: Recipe) -> i
     largest = max(info.nbytes for info in checkpoint.tensors.values())
     if not settings.needs_data:
         return 8 * largest
-    found = _Model(settings, checkpoint)
-    config = found.model.config.get_text_config()
+    headers = headers_of(checkpoint)
+    config = headers.model.config.get_text_config()
     tokens = recipe.calibration.batch_size * recipe.calibration.seq_len
-    heads = max((units.count for units in found.units), default=0) if isinstance(settings, Heads) else 16
-    layer: int = ACTIVATIONS * config.hidden_size + 3 * heads * recipe.calibration.seq_len
+    layer: int = ACTIVATIONS * config.hidden_size + 3 * config.num_attention_heads * recipe.calibration.seq_len
     logits: int = 4 * config.vocab_size
-    return whole_bytes(recipe, checkpoint) + largest + 4 * tokens * (len(found.structure.blocks) * layer + logits)
+    return whole_bytes(recipe, checkpoint) + largest + 4 * tokens * (len(headers.structure.blocks) * layer + logits)
 
 
-def _notes(settings: UnitSettings, checkpoint: Checkpoint, kept: Sequence[Kept]) -> tuple[str, ...]:
-    found = _Model(settings, checkpoint)
-    before, after = sum(units.count for units in found.units), sum(len(one.units) for one in kept)
+def _notes(settings: UnitSettings, rewrite: Rewrite) -> tuple[str, ...]:
+    before = sum(record["of"] for record in rewrite.records.values())
+    after = sum(record["left"] for record in rewrite.records.values())
     notes = [f"{before - after} of {before} {settings.method} go ({(before - after) / before:.1%})"]
     if settings.scope == "global":
         notes.append("how many stay in each layer is known once they are scored; all layers together, as planned")
     if settings.needs_data:
         notes.append("the scores are gradients, for which the whole model is in memory")
-    config = build_units(settings, checkpoint, kept).config
-    if config.get("quantization_config", {}).get("quant_method") == MODELZIP:
+    resized = rewrite.config.get("quantization_config", {}).get("modules", {})
+    if any(name.startswith(f"{path}.") for path in rewrite.records for name in resized):
         notes.append(
             "config.json can't say these sizes, so they stand in quantization_config: opening the result needs "
             "`import modelzip.weights`"

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.rewrite import Cut, Rewrite, expected, opens, with_number
 from modelzip.checkpoints.tokenizer_files import (
     always_kept,
@@ -29,8 +28,8 @@ from modelzip.compressors.prune.structural import tokens_to_keep
 from modelzip.compressors.prune.structural_settings import Vocabulary
 from modelzip.recipes.schema import Recipe
 
-from .calibrate import tokenizer_of
-from .smaller import StructuralMethod
+from .calibrate import has_tokenizer, tokenizer_of
+from .smaller import StructuralMethod, headers_of
 from .text import check_source, documents
 
 LONGEST: Final = 1 << 20
@@ -44,7 +43,7 @@ def plan_tokens(settings: Vocabulary, checkpoint: Checkpoint) -> list[int]:
     check_source(settings.corpus, field=settings.field)
     tokenizer = _tokenizer(checkpoint)
     data = json.loads(tokenizer.to_str())
-    model = skeleton(checkpoint)
+    model = headers_of(checkpoint).model
     rows = model.config.get_text_config().vocab_size
     vocabulary = vocabulary_of(data)
     over = [name for name, index in vocabulary.items() if index >= rows]
@@ -87,6 +86,8 @@ def count_tokens(tokenizer: Tokenizer, corpus: Iterator[str]) -> tuple[Counter[i
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    if not has_tokenizer(checkpoint):
+        raise CheckpointError("it has no tokenizer beside it, of which tokens could be taken out")
     backend = getattr(tokenizer_of(checkpoint), "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise CheckpointError("its tokenizer isn't one of the tokenizers library, of which tokens can be taken out")
@@ -98,10 +99,10 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 def build_tokens(settings: Vocabulary, checkpoint: Checkpoint, kept: Sequence[int]) -> Rewrite:
     """The kept rows of whatever has one a token, and the files of the tokenizer. Raises CheckpointError."""
-    model = skeleton(checkpoint)
+    headers = headers_of(checkpoint)
+    model, names = headers.model, headers.names
     if model.config.get_text_config() is not model.config:
         raise CheckpointError(f"{type(model).__name__} has its vocabulary in a place that modelzip doesn't know")
-    names = NameMap(model, checkpoint)
     new = {old: number for number, old in enumerate(kept)}
     rows = model.config.vocab_size
     # Ids that the file leaves to the class's defaults have to be said now: the defaults are the old numbers.
@@ -135,7 +136,7 @@ def build_tokens(settings: Vocabulary, checkpoint: Checkpoint, kept: Sequence[in
         parts={"vocabulary": cuts},
         files=files,
         left_out=left_out,
-        records={embedding: {"method": "vocabulary", "of": rows, "kept": len(kept), "note": ""}},
+        records={embedding: {"method": "vocabulary", "of": rows, "left": len(kept), "note": ""}},
     )
     if problem := opens(expected(rewrite, checkpoint)):
         raise CheckpointError(problem)
@@ -147,9 +148,12 @@ def _memory(settings: Vocabulary, checkpoint: Checkpoint, recipe: Recipe) -> int
     return 3 * largest + AT_ONCE * 64 * LONGEST
 
 
-def _notes(settings: Vocabulary, checkpoint: Checkpoint, kept: Sequence[int]) -> tuple[str, ...]:
-    rows = skeleton(checkpoint).config.vocab_size
-    return (f"{rows - len(kept):,} of {rows:,} tokens go, which {settings.corpus} uses too seldom",)
+def _notes(settings: Vocabulary, rewrite: Rewrite) -> tuple[str, ...]:
+    (record,) = rewrite.records.values()
+    gone = record["of"] - record["left"]
+    notes = [f"{gone:,} of {record['of']:,} tokens go, which {settings.corpus} uses too seldom"]
+    notes += [f"{name} is left out: tokenizer.json stands for it" for name in sorted(rewrite.left_out)]
+    return tuple(notes)
 
 
 VOCABULARY: Final = StructuralMethod(plan_tokens, build_tokens, None, _memory, _notes)

@@ -16,9 +16,10 @@ from modelzip.checkpoints.reader import materialise, move_buffers
 from modelzip.checkpoints.streamed import native_bfloat16
 from modelzip.recipes.schema import Recipe
 
-from .calibrate import batches, forward_inputs, is_causal, tokenizer_of
+from .calibrate import batches, forward_inputs, has_tokenizer, is_causal, tokenizer_of
 from .importance import Loss, language_model_loss, masked_lm_loss, self_loss
 from .measure import decode_of, pick_dtype
+from .smaller import headers_of
 from .text import Windows
 
 
@@ -44,7 +45,7 @@ def whole_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
     """Memory of all weights in the type that they are computed in."""
     device = torch.device("cpu" if recipe.device == "auto" else recipe.device)
     size = compute_dtype(recipe, checkpoint, device).itemsize
-    return sum(size * parameter.numel() for parameter in skeleton(checkpoint).parameters())
+    return sum(size * parameter.numel() for parameter in headers_of(checkpoint).model.parameters())
 
 
 def data_of(windows: Windows | None, model: Any, recipe: Recipe, device: torch.device) -> list[Mapping[str, Tensor]]:
@@ -87,6 +88,8 @@ def _is_masked_lm(model: Any) -> bool:
 
 
 def _mask_token(checkpoint: Checkpoint) -> int | None:
+    if not has_tokenizer(checkpoint):
+        return None
     try:
         token = tokenizer_of(checkpoint).mask_token_id
     except CheckpointError:

@@ -79,7 +79,7 @@ def _exports(data: object, found: Found) -> tuple[Export, ...]:
 
 
 def _stage_data(stage: Stage) -> dict[str, Any]:
-    data = stage.settings.model_dump(mode="json")
+    data: dict[str, Any] = stage.settings.model_dump(mode="json")
     if stage.keep:
         data["keep"] = stage.keep
     if stage.ignore:

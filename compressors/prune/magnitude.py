@@ -1,8 +1,8 @@
 """Magnitude pruning: the smallest weights become zero.
 
-Han, Pool, Tran, Dally 2015, "Learning both Weights and Connections for Efficient Neural Networks", section 3, without the
-retraining. Over many matrices the common threshold is found in one walk over them, with a count for each of the sizes
-that the upper bits of a float tell apart.
+Han, Pool, Tran, Dally 2015, "Learning both Weights and Connections for Efficient Neural Networks", section 3, without
+the retraining. Over many matrices the common threshold is found in one walk over them, with a count for each of the
+sizes that the upper bits of a float tell apart.
 """
 
 from __future__ import annotations

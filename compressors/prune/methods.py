@@ -19,6 +19,7 @@ from ..masks import largest_of_groups, pattern_of, without_smallest, without_sma
 from ..obs import InverseFactor, inverse_factor
 from ..quantize.grid import AffineGrid, chosen_grid
 from ..quantize.rtn import rtn
+from ..settings import MethodSettings
 from .magnitude import Threshold, common_threshold, count_sizes, under_threshold
 from .settings import Magnitude, PruneSettings, Random, SparseGpt, Wanda
 from .sparsegpt import foreseen, sparsegpt
@@ -155,7 +156,7 @@ def _plainer(settings: PruneSettings) -> Magnitude:
     return Magnitude(**settings.model_dump(include=set(PruneSettings.model_fields) - {"method"}))
 
 
-METHODS: Final[Mapping[type[PruneSettings], LayerMethod]] = MappingProxyType(
+METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
     {
         Random: LayerMethod(compress=_random, expect=_expect),
         Magnitude: LayerMethod(compress=_magnitude, expect=_expect, survey=_thresholds),
@@ -164,7 +165,7 @@ METHODS: Final[Mapping[type[PruneSettings], LayerMethod]] = MappingProxyType(
     }
 )
 
-FALLBACK: Final[Mapping[type[PruneSettings], Callable[[Any], PruneSettings]]] = MappingProxyType(
+FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType(
     {Wanda: _plainer, SparseGpt: _plainer}
 )
 """What is done instead of a method where it doesn't serve: settings -> plainer settings."""

@@ -19,6 +19,7 @@ from ..expected import grid_meta, group_misfit
 from ..layer import LayerMethod, LayerTask
 from ..masks import pattern_of
 from ..obs import InverseFactor, inverse_factor
+from ..settings import MethodSettings
 from .gptq import gptq
 from .grid import AffineGrid, chosen_grid
 from .rtn import rtn
@@ -81,12 +82,12 @@ def _plainer(settings: QuantizeSettings) -> Rtn:
     return Rtn(**settings.model_dump(include=set(Rtn.model_fields) - {"method"}))
 
 
-METHODS: Final[Mapping[type[QuantizeSettings], LayerMethod]] = MappingProxyType(
+METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
     {
         Rtn: LayerMethod(compress=_rtn, expect=_expect),
         Gptq: LayerMethod(compress=_gptq, expect=_expect, statistic="hessian", prepare=_factor, note=_gptq_note),
     }
 )
 
-FALLBACK: Final[Mapping[type[QuantizeSettings], Callable[[Any], QuantizeSettings]]] = MappingProxyType({Gptq: _plainer})
+FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType({Gptq: _plainer})
 """What is done instead of a method where it doesn't serve: settings -> plainer settings."""

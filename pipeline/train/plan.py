@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from modelzip.checkpoints.blocks import skeleton
-from modelzip.checkpoints.errors import CalibrationError, CheckpointError, ProblemsError
+from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits
-from modelzip.compressors.distill.signals import SIGNALS, layer_map
 from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
 
-from ..calibrate import is_causal, longest, tokenizer_of
+from ..calibrate import longest, tokenizer_of
 from ..room import BASE_BYTES
 from .data import Data, is_running_text, read_data, running_text
-from .lesson import Objective, Predicts
-from .material import padding_of
+from .fit import Problems, check_tokens, objective_of, shell
+from .lesson import Objective
 from .student import (
     Student,
     architecture,
     class_names,
     is_classifier,
     parameters_of,
+    untrainable,
     with_classes,
     with_layers,
 )
-
-T = TypeVar("T")
 
 LENGTH: Final = 128
 """Tokens of a text or window where nobody said."""
@@ -83,28 +80,6 @@ class TrainingPlan:
         }
 
 
-class _Problems:
-    """Mistakes that were found, so that all of them are told at once."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-        self.sentences: list[str] = []
-
-    def add(self, sentence: str) -> None:
-        """Note a mistake."""
-        line = f"{self.where}: {sentence}"
-        if line not in self.sentences:
-            self.sentences.append(line)
-
-    def tried(self, action: Callable[[], T]) -> T | None:
-        """What the action gives, or None if it finds a mistake."""
-        try:
-            return action()
-        except (CheckpointError, CalibrationError) as error:
-            self.add(str(error))
-            return None
-
-
 def plan_training(
     stage: Stage, source: Checkpoint, *, recipe: Recipe, output: Path, where: str = "distill"
 ) -> TrainingPlan:
@@ -114,17 +89,17 @@ def plan_training(
     """
     settings = stage.settings
     assert isinstance(settings, DistillSettings)
-    problems = _Problems(where)
+    problems = Problems(where)
     _check_stage(stage, source, problems)
     teacher = _teacher(settings, recipe, problems)
     origin = _origin(settings, source, teacher)
     data, validation = _data(settings, origin, teacher, problems)
     student = None if origin is None or data is None else _student(settings, origin, teacher, data, problems)
-    objective = None if student is None else _objective(settings, student, teacher, problems)
+    objective = None if student is None else objective_of(settings, student, teacher, problems)
     if student is not None:
-        _check_tokens(settings, student, teacher, problems)
+        check_tokens(settings, student, teacher, problems)
         for pattern in stage.ignore:
-            if not any(matches(pattern, name) for name, _ in skeleton(_shell(student)).named_modules()):
+            if not any(matches(pattern, name) for name, _ in skeleton(shell(student)).named_modules()):
                 problems.add(f"the pattern {pattern!r} matches no module.")
     if problems.sentences:
         raise ProblemsError(problems.sentences)
@@ -132,7 +107,7 @@ def plan_training(
     assert objective is not None
     assert data is not None
     result = student.checkpoint()
-    length = settings.max_length or min(LENGTH, longest(skeleton(_shell(student))))
+    length = settings.max_length or min(LENGTH, longest(skeleton(shell(student))))
     return TrainingPlan(
         kind=stage.kind,
         source=source.source,
@@ -154,7 +129,7 @@ def plan_training(
     )
 
 
-def _check_stage(stage: Stage, source: Checkpoint, problems: _Problems) -> None:
+def _check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
     settings = stage.settings
     if stage.rules:
         problems.add("a model is trained as a whole, so rules can't change settings for some modules: leave them out.")
@@ -162,14 +137,11 @@ def _check_stage(stage: Stage, source: Checkpoint, problems: _Problems) -> None:
         problems.add("no data is named: give data, a file with labelled texts or plain text, or a hub dataset.")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         problems.add("tensorboard needs the package of that name: install it, or leave tensorboard out.")
-    if source.quantization is not None and not _is_new(settings):
-        problems.add(
-            f"{source.source} is {source.quantization.get('quant_method')}-compressed, and such weights can't be "
-            "trained: train before compressing."
-        )
+    if not _is_new(settings) and (reason := untrainable(source)) is not None:
+        problems.add(f"{source.source} {reason}: train it first, and compress it then.")
 
 
-def _teacher(settings: DistillSettings, recipe: Recipe, problems: _Problems) -> Checkpoint | None:
+def _teacher(settings: DistillSettings, recipe: Recipe, problems: Problems) -> Checkpoint | None:
     if not isinstance(settings, Logits):
         return None
     name = settings.teacher or recipe.model
@@ -192,7 +164,7 @@ def _is_new(settings: DistillSettings) -> bool:
 
 
 def _data(
-    settings: DistillSettings, origin: Checkpoint | None, teacher: Checkpoint | None, problems: _Problems
+    settings: DistillSettings, origin: Checkpoint | None, teacher: Checkpoint | None, problems: Problems
 ) -> tuple[Data | None, Data | None]:
     if settings.data is None or origin is None:
         return None, None
@@ -226,7 +198,7 @@ def _data(
 
 
 def _student(
-    settings: DistillSettings, origin: Checkpoint, teacher: Checkpoint | None, data: Data, problems: _Problems
+    settings: DistillSettings, origin: Checkpoint, teacher: Checkpoint | None, data: Data, problems: Problems
 ) -> Student | None:
     config: dict[str, Any] = dict(origin.config)
     start: Any = "whole"
@@ -242,7 +214,7 @@ def _student(
         config = {**config, **settings.student_config}
     student = Student(config, origin, start, layers)
     if data.examples is None or is_classifier(config):
-        model = problems.tried(lambda: skeleton(_shell(student)))
+        model = problems.tried(lambda: skeleton(shell(student)))
         return None if model is None else student
     names = data.examples.names
     if teacher is not None:
@@ -259,127 +231,15 @@ def _student(
     tokenizer = problems.tried(lambda: tokenizer_of(origin))
     if tokenizer is None:
         return None
-    made = problems.tried(lambda: with_classes(_shell(student), names, tokenizer.pad_token_id))
+    made = problems.tried(lambda: with_classes(shell(student), names, tokenizer.pad_token_id))
     return None if made is None else Student(made, origin, start, layers, has_new_head=True)
-
-
-def _shell(student: Student) -> Checkpoint:
-    return Checkpoint(student.origin.folder, dict(student.config), student.origin.tensors, student.origin.source)
-
-
-def _objective(
-    settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: _Problems
-) -> Objective | None:
-    model = skeleton(_shell(student))
-    predicts = _predicts(model)
-    if predicts is None:
-        problems.add(
-            f"{student.origin.source} is a {type(model).__name__}, which has neither classes nor tokens to predict: "
-            "give labelled data, or a model with a head."
-        )
-        return None
-    if not isinstance(settings, Logits) or teacher is None:
-        return Objective(predicts)
-    judge = problems.tried(lambda: skeleton(teacher))
-    if judge is None:
-        return None
-    if _predicts(judge) != predicts:
-        problems.add(
-            f"the teacher {teacher.source} is a {type(judge).__name__} and the student a {type(model).__name__}: both "
-            "must predict the same."
-        )
-        return None
-    if predicts == "class" and [one.casefold() for one in class_names(judge)] != [
-        one.casefold() for one in class_names(model)
-    ]:
-        problems.add(
-            f"the teacher's classes are {', '.join(class_names(judge))} and the student's "
-            f"{', '.join(class_names(model))}: name a teacher of the same classes."
-        )
-    layers: tuple[int, ...] = ()
-    if settings.signals:
-        layers = _check_signals(settings, model, judge, problems)
-    return Objective(
-        predicts,
-        alpha=settings.alpha,
-        temperature=settings.temperature,
-        direction=settings.divergence,
-        signals=dict(settings.signals),
-        layers=layers,
-    )
-
-
-def _check_signals(settings: Logits, model: Any, judge: Any, problems: _Problems) -> tuple[int, ...]:
-    unknown = [name for name in settings.signals if name not in SIGNALS]
-    if unknown:
-        problems.add(f"signals names {unknown[0]}, which isn't one; known: {', '.join(SIGNALS)}.")
-        return ()
-    mine, theirs = (one.config.get_text_config() for one in (model, judge))
-    for name in settings.signals:
-        signal = SIGNALS[name]
-        if signal.reads == "attention" and mine.num_attention_heads != theirs.num_attention_heads:
-            problems.add(
-                f"the signal {name} compares heads, and the student has {mine.num_attention_heads}, the teacher "
-                f"{theirs.num_attention_heads}: leave it out."
-            )
-        if signal.reads in ("hidden", "last") and not signal.projected and mine.hidden_size != theirs.hidden_size:
-            problems.add(
-                f"the signal {name} needs equal widths, and the student has {mine.hidden_size}, the teacher "
-                f"{theirs.hidden_size}: take hidden, which has a projection."
-            )
-    try:
-        return layer_map(mine.num_hidden_layers, theirs.num_hidden_layers, settings.layer_map)
-    except ValueError as error:
-        problems.add(f"{error}: give another layer_map.")
-        return ()
-
-
-def _predicts(model: Any) -> Predicts | None:
-    if is_classifier({"architectures": [type(model).__name__]}):
-        return "class" if class_names(model) else "number"
-    if is_causal(model):
-        return "next-token"
-    return "masked-token" if type(model).__name__.endswith("ForMaskedLM") else None
-
-
-def _check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: _Problems) -> None:
-    """One tokenizer for both models, with what the task needs, and texts no longer than the model takes."""
-    model = skeleton(_shell(student))
-    if settings.max_length is not None and settings.max_length > (limit := longest(model)):
-        problems.add(f"max_length is {settings.max_length}, but the model takes at most {limit} tokens.")
-    tokenizer = problems.tried(lambda: tokenizer_of(student.origin))
-    if tokenizer is None:
-        return
-    if _predicts(model) in ("class", "number") and padding_of(tokenizer, model.config) is None:
-        problems.add(
-            f"{student.origin.source} has no padding token, without which texts can't be learned in batches: set "
-            "pad_token in its tokenizer_config.json."
-        )
-    if _predicts(model) == "masked-token" and tokenizer.mask_token_id is None:
-        problems.add(f"{student.origin.source} has no mask token in its tokenizer, so no tokens can be hidden.")
-    if teacher is None or teacher.folder == student.origin.folder:
-        return
-    other = problems.tried(lambda: tokenizer_of(teacher))
-    if other is None:
-        return
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if mine != theirs:
-        token = min(
-            (token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)),
-            key=lambda token: min(one.get(token, 1 << 60) for one in (mine, theirs)),
-        )
-        problems.add(
-            f"the teacher {teacher.source} and the student speak of other tokens: {token!r} is "
-            f"{theirs.get(token, 'missing')} for the teacher and {mine.get(token, 'missing')} for the student; name a "
-            "teacher with the student's tokenizer."
-        )
 
 
 def _memory(
     settings: DistillSettings, student: Student, result: Checkpoint, teacher: Checkpoint | None, *, length: int
 ) -> int:
     """Bytes: weights, gradients and two moments in fp32, the teacher, and activations of one batch."""
-    config = skeleton(_shell(student)).config.get_text_config()
+    config = skeleton(shell(student)).config.get_text_config()
     tokens = settings.train_batch_size * length
     wide = 18 * config.hidden_size + 3 * config.num_attention_heads * length
     activations = 4 * tokens * wide * config.num_hidden_layers

@@ -18,6 +18,11 @@ from modelzip.checkpoints.blocks import find_structure, skeleton
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.headers import TensorInfo
 from modelzip.checkpoints.index import DTYPES, Checkpoint
+from modelzip.checkpoints.names import NameMap
+from modelzip.weights.kinds import empty
+from modelzip.weights.layouts import MODELZIP
+from modelzip.weights.linear import CompressedLinear
+from modelzip.weights.trainable import holds_codes, trainable
 
 CLASSIFIER: Final = "ForSequenceClassification"
 _SPELLINGS: Final = {dtype: spelling for spelling, dtype in DTYPES.items()}
@@ -40,12 +45,44 @@ class Student:
     def checkpoint(self) -> Checkpoint:
         """What will be written, as far as headers go: nothing of it can be read yet."""
         shell = replace(self.origin, config=dict(self.config))
+        parts = self._compressed_parts()
         tensors = {}
         for name, tensor in stored(skeleton(shell), dtype=self.origin.dtype).items():
+            if name.removesuffix(".weight") in parts:
+                continue
             nbytes = tensor.numel() * tensor.element_size()
             spelling = _SPELLINGS[tensor.dtype]
             tensors[name] = TensorInfo(name, spelling, tuple(tensor.shape), nbytes, self.origin.folder, 0)
+        for module, found in parts.items():
+            for suffix, info in found.items():
+                tensors[f"{module}.{suffix}"] = replace(info, name=f"{module}.{suffix}")
         return replace(shell, tensors=tensors)
+
+    def _compressed_parts(self) -> dict[str, dict[str, TensorInfo]]:
+        """The stored tensors of each module whose weight comes in compressed, and so goes out, by suffix."""
+        if self.start != "whole" or self.origin.quantization is None:
+            return {}
+        names = NameMap(skeleton(self.origin), self.origin)
+        return {
+            own: {suffix: self.origin.tensors[name] for suffix, name in names.parts(module).items()}
+            for module, own in self.renamed().items()
+        }
+
+    def renamed(self) -> dict[str, str]:
+        """What each compressed module of the origin is called in the student, which may have a head around it."""
+        modules = (self.origin.quantization or {}).get("modules", {})
+        model = skeleton(replace(self.origin, config=dict(self.config)))
+        known = {name for name, _ in model.named_modules()}
+        return {name: name if name in known else f"{model.base_model_prefix}.{name}" for name in modules}
+
+    def written_config(self) -> dict[str, Any]:
+        """config.json of the output."""
+        config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+        quantization = self.origin.quantization
+        if self.start == "whole" and quantization is not None:
+            modules = {own: quantization["modules"][name] for name, own in self.renamed().items()}
+            config["quantization_config"] = {**quantization, "modules": modules}
+        return config
 
 
 def architecture(config: Mapping[str, Any]) -> str:
@@ -128,14 +165,35 @@ def open_student(student: Student, *, seed: int, attention: str | None = None) -
         torch.manual_seed(seed % (1 << 63))
         model = skeleton(replace(student.origin, config=dict(student.config)))
         if student.start == "whole":
+            if student.origin.quantization is not None:
+                model.config.quantization_config = student.origin.quantization
             made = _pretrained(type(model), student.origin, model.config, attention, has_new_head=student.has_new_head)
         else:
             model_class: Any = type(model)
             made = model_class._from_config(model.config, dtype=torch.float32, attn_implementation=attention)
             if student.start != "random":
                 _fill(made, student)
-    made.requires_grad_(True)
+    for name, module in list(made.named_modules()):
+        if isinstance(module, CompressedLinear):
+            made.set_submodule(name, trainable(module.weight_value, module.bias))
+    for parameter in made.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     return made.train()
+
+
+def untrainable(checkpoint: Checkpoint) -> str | None:
+    """A part of a sentence that says why a compressed checkpoint can't be trained; None if it can."""
+    config = checkpoint.quantization
+    if config is None:
+        return None
+    if config.get("quant_method") != MODELZIP:
+        return f"holds integers ({config.get('quant_method')}), which have no gradient"
+    if config.get("shared"):
+        return "has modules that share their weights, which would come apart"
+    for name, meta in config["modules"].items():
+        if holds_codes(empty(meta)):
+            return f"holds {name} as integers, which have no gradient"
+    return None
 
 
 def open_whole(checkpoint: Checkpoint, *, attention: str | None = None) -> Any:
@@ -192,10 +250,12 @@ def _in_origin(name: str, stack: str, layers: Sequence[int]) -> str:
     return f"{stack}.{layers[int(place)]}.{rest}"
 
 
-def stored(model: Any, *, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's tensors as a checkpoint holds them: tied ones once, under transformers' names, floats in `dtype`.
+def stored(
+    model: Any, *, dtype: torch.dtype | None = None, state: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The model's tensors as a checkpoint holds them: tied ones once, under transformers' names.
 
-    state: the model's state dict where it lies elsewhere, in another process for example.
+    dtype: of floating ones, None: as they are. state: the model's state dict where it isn't the model's own.
     """
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     whole = model.state_dict() if state is None else state
@@ -203,7 +263,7 @@ def stored(model: Any, *, dtype: torch.dtype, state: Mapping[str, Tensor] | None
     vars(model).pop("_weight_conversions", None)  # named as for a model made from scratch, whatever the input's names
     found = revert_weight_conversion(model, kept)
     return {
-        name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype)
+        name: tensor.detach().to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
         for name, tensor in found.items()
     }
 

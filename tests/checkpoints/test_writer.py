@@ -22,6 +22,7 @@ from modelzip.checkpoints import writer as writer_module
 from modelzip.checkpoints.errors import MachineError, OutputError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.journal import NAME as JOURNAL
+from modelzip.checkpoints.target import workspace_of
 from modelzip.checkpoints.writer import CheckpointWriter
 
 PARTS = [f"model.layers.{index}" for index in range(2)]
@@ -405,3 +406,28 @@ def test_the_lock_ends_with_the_process(tmp_path, source):
     assert done.returncode == -signal.SIGKILL
     with _open(tmp_path, source, resume=True) as writer:
         assert set(writer.done) == {"p"}
+
+
+def test_a_workspace_is_found_again_by_a_run_with_resume_and_gone_when_the_output_is_finished(tmp_path, source):
+    with _open(tmp_path, source):
+        workspace_of(tmp_path / "out").mkdir()
+        (workspace_of(tmp_path / "out") / "state").write_text("half done")
+    with pytest.raises(OutputError, match=r"was in the middle of its work; give --resume to go on with it"):
+        _open(tmp_path, source)
+    with _open(tmp_path, source, resume=True) as writer:
+        assert (workspace_of(tmp_path / "out") / "state").read_text() == "half done"
+        for part in PARTS:
+            _write(writer, source, part)
+        _finish(writer)
+    assert not workspace_of(tmp_path / "out").exists()
+    assert not (tmp_path / "out" / workspace_of(tmp_path / "out").name).exists()
+
+
+def test_a_workspace_of_another_run_is_swept_away(tmp_path, source):
+    with _open(tmp_path, source):
+        workspace_of(tmp_path / "out").mkdir()
+        (workspace_of(tmp_path / "out") / "state").write_text("half done")
+    with pytest.raises(OutputError, match="of another recipe"):
+        _open(tmp_path, source, mark="b", resume=True)
+    with _open(tmp_path, source, mark="b", overwrite=True):
+        assert not workspace_of(tmp_path / "out").exists()

@@ -132,8 +132,8 @@ def test_shapes_that_do_not_fit_are_refused():
     grid = Grid(case.scale, case.zero_point, 4)
     with pytest.raises(ValueError, match="don't agree"):
         obs_columns(case.weight, case.factor, grid=grid._replace(scale=case.scale[:7]), value_dtype=torch.float32)
+    wrong = grid._replace(zero_point=case.zero_point[:, :1])
     with pytest.raises(ValueError, match="don't agree"):
-        wrong = grid._replace(zero_point=case.zero_point[:, :1])
         obs_columns(case.weight, case.factor, grid=wrong, value_dtype=torch.float32)
     with pytest.raises(ValueError, match=r"\(7, 7\) doesn't fit a block of 8 columns"):
         obs_columns(case.weight, case.factor[:7, :7], grid=grid, value_dtype=torch.float32)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modelzip.compressors.layer import LayerTask
 from modelzip.compressors.obs import InverseFactor, SingularHessianError, inverse_factor
 from modelzip.compressors.quantize.gptq import gptq
 from modelzip.compressors.quantize.grid import AffineGrid, fit_grid
@@ -213,7 +214,8 @@ def test_on_correlated_inputs_gptq_loses_less_than_rounding_to_nearest(bits, bou
 
 def run(weight: Tensor, hessian: Tensor, settings: Gptq | Rtn, dtype: torch.dtype = torch.float32) -> Affine:
     method = METHODS[type(settings)]
-    return method.compress(weight, method.prepare(hessian, settings), settings, dtype)
+    prepared = None if method.prepare is None else method.prepare(hessian, settings)
+    return method.compress(LayerTask(weight, settings, dtype, torch.Generator(), prepared=prepared))
 
 
 def with_dead_columns(columns: int, dead: list[int]) -> Tensor:

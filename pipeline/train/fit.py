@@ -1,0 +1,155 @@
+"""Whether student, teacher, task and tokens fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from modelzip.checkpoints.blocks import skeleton
+from modelzip.checkpoints.errors import CalibrationError, CheckpointError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.compressors.distill.settings import DistillSettings, Logits
+from modelzip.compressors.distill.signals import SIGNALS, layer_map
+
+from ..calibrate import is_causal, longest, tokenizer_of
+from .lesson import Objective, Predicts
+from .material import padding_of
+from .student import Student, class_names, is_classifier
+
+T = TypeVar("T")
+
+
+class Problems:
+    """Mistakes that were found, so that all of them are told at once."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.sentences: list[str] = []
+
+    def add(self, sentence: str) -> None:
+        """Note a mistake."""
+        line = f"{self.where}: {sentence}"
+        if line not in self.sentences:
+            self.sentences.append(line)
+
+    def tried(self, action: Callable[[], T]) -> T | None:
+        """What the action gives, or None if it finds a mistake."""
+        try:
+            return action()
+        except (CheckpointError, CalibrationError) as error:
+            self.add(str(error))
+            return None
+
+
+def shell(student: Student) -> Checkpoint:
+    """The student's config over its origin's tensors: enough for a skeleton."""
+    return Checkpoint(student.origin.folder, dict(student.config), student.origin.tensors, student.origin.source)
+
+
+def objective_of(
+    settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: Problems
+) -> Objective | None:
+    """What the loss will be made of; None if the models don't fit together."""
+    model = skeleton(shell(student))
+    predicts = _predicts(model)
+    if predicts is None:
+        problems.add(
+            f"{student.origin.source} is a {type(model).__name__}, which has neither classes nor tokens to predict: "
+            "give labelled data, or a model with a head."
+        )
+        return None
+    if not isinstance(settings, Logits) or teacher is None:
+        return Objective(predicts)
+    judge = problems.tried(lambda: skeleton(teacher))
+    if judge is None:
+        return None
+    if _predicts(judge) != predicts:
+        problems.add(
+            f"the teacher {teacher.source} is a {type(judge).__name__} and the student a {type(model).__name__}: both "
+            "must predict the same."
+        )
+        return None
+    if predicts == "class" and [one.casefold() for one in class_names(judge)] != [
+        one.casefold() for one in class_names(model)
+    ]:
+        problems.add(
+            f"the teacher's classes are {', '.join(class_names(judge))} and the student's "
+            f"{', '.join(class_names(model))}: name a teacher of the same classes."
+        )
+    layers: tuple[int, ...] = ()
+    if settings.signals:
+        layers = _check_signals(settings, model, judge, problems)
+    return Objective(
+        predicts,
+        alpha=settings.alpha,
+        temperature=settings.temperature,
+        direction=settings.divergence,
+        signals=dict(settings.signals),
+        layers=layers,
+    )
+
+
+def _check_signals(settings: Logits, model: Any, judge: Any, problems: Problems) -> tuple[int, ...]:
+    unknown = [name for name in settings.signals if name not in SIGNALS]
+    if unknown:
+        problems.add(f"signals names {unknown[0]}, which isn't one; known: {', '.join(SIGNALS)}.")
+        return ()
+    mine, theirs = (one.config.get_text_config() for one in (model, judge))
+    for name in settings.signals:
+        signal = SIGNALS[name]
+        if signal.reads == "attention" and mine.num_attention_heads != theirs.num_attention_heads:
+            problems.add(
+                f"the signal {name} compares heads, and the student has {mine.num_attention_heads}, the teacher "
+                f"{theirs.num_attention_heads}: leave it out."
+            )
+        if signal.reads in ("hidden", "last") and not signal.projected and mine.hidden_size != theirs.hidden_size:
+            problems.add(
+                f"the signal {name} needs equal widths, and the student has {mine.hidden_size}, the teacher "
+                f"{theirs.hidden_size}: take hidden, which has a projection."
+            )
+    try:
+        return layer_map(mine.num_hidden_layers, theirs.num_hidden_layers, settings.layer_map)
+    except ValueError as error:
+        problems.add(f"{error}: give another layer_map.")
+        return ()
+
+
+def _predicts(model: Any) -> Predicts | None:
+    if is_classifier({"architectures": [type(model).__name__]}):
+        return "class" if class_names(model) else "number"
+    if is_causal(model):
+        return "next-token"
+    return "masked-token" if type(model).__name__.endswith("ForMaskedLM") else None
+
+
+def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: Problems) -> None:
+    """One tokenizer for both models, with what the task needs, and texts no longer than the model takes."""
+    model = skeleton(shell(student))
+    if settings.max_length is not None and settings.max_length > (limit := longest(model)):
+        problems.add(f"max_length is {settings.max_length}, but the model takes at most {limit} tokens.")
+    tokenizer = problems.tried(lambda: tokenizer_of(student.origin))
+    if tokenizer is None:
+        return
+    if _predicts(model) in ("class", "number") and padding_of(tokenizer, model.config) is None:
+        problems.add(
+            f"{student.origin.source} has no padding token, without which texts can't be learned in batches: set "
+            "pad_token in its tokenizer_config.json."
+        )
+    if _predicts(model) == "masked-token" and tokenizer.mask_token_id is None:
+        problems.add(f"{student.origin.source} has no mask token in its tokenizer, so no tokens can be hidden.")
+    if teacher is None or teacher.folder == student.origin.folder:
+        return
+    other = problems.tried(lambda: tokenizer_of(teacher))
+    if other is None:
+        return
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if mine != theirs:
+        token = min(
+            (token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)),
+            key=lambda token: min(one.get(token, 1 << 60) for one in (mine, theirs)),
+        )
+        problems.add(
+            f"the teacher {teacher.source} and the student speak of other tokens: {token!r} is "
+            f"{theirs.get(token, 'missing')} for the teacher and {mine.get(token, 'missing')} for the student; name a "
+            "teacher with the student's tokenizer."
+        )

@@ -1,0 +1,81 @@
+"""Training what prune and factorize left: zeros stay zero, factors are trained, and the layout is the one that came."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import modelzip.weights
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.compressors.distill.settings import Labels
+from modelzip.pipeline.clock import Clock
+from modelzip.pipeline.context import Context
+from modelzip.pipeline.identity import fingerprint_of
+from modelzip.pipeline.training import plan_training, run_training
+from modelzip.recipes.load import parse_recipe
+from modelzip.weights.dense import Dense
+from modelzip.weights.layouts import MODELZIP, quantization_config
+from modelzip.weights.low_rank import LowRank
+from modelzip.weights.sparse import Sparse
+
+assert modelzip.weights  # teaches transformers the layout
+LAYER = "encoder.layer.{}.{}.dense"
+
+
+@pytest.fixture
+def compressed(speaking, tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A pico encoder with a sparse and a low-rank linear, and which entries of the sparse one were kept."""
+    folder = tmp_path / "compressed"
+    model = transformers.BertModel.from_pretrained(speaking("bert"))
+    transformers.AutoTokenizer.from_pretrained(speaking("bert")).save_pretrained(folder)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    sparse, low = LAYER.format(0, "intermediate"), LAYER.format(1, "output")
+    kept = tensors[f"{sparse}.weight"].abs() > 0.15
+    u, s, v = torch.linalg.svd(tensors[f"{low}.weight"], full_matrices=False)
+    values = {
+        sparse: Sparse.of_dense(tensors[f"{sparse}.weight"], kept, dtype=torch.bfloat16),
+        low: LowRank(Dense((u[:, :4] * s[:4]).contiguous()), Dense(v[:4].contiguous())),
+    }
+    for name, value in values.items():
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in value.tensors().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    metas = {name: value.meta() for name, value in values.items()}
+    config["quantization_config"] = quantization_config(metas, layout=MODELZIP, linears=[])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, {sparse: kept}
+
+
+def test_zeros_stay_zero_factors_are_trained_and_the_layout_is_kept(compressed, progress, tmp_path):
+    folder, kept = compressed
+    rows = "\n".join(f"{'ab'[place % 2] * 4}\t{place % 2}" for place in range(32))
+    (tmp_path / "data.tsv").write_text(f"text\tlabel\n{rows}\n")
+    stage = {"data": str(tmp_path / "data.tsv"), "max_steps": 8, "learning_rate": 0.01, "log_every": 1}
+    recipe = parse_recipe({"model": str(folder), "stages": [{"distill": stage}]}, "test")
+    assert isinstance(recipe.stages[0].settings, Labels)
+    source, output = Checkpoint.open(str(folder)), tmp_path / "out"
+    plan = plan_training(recipe.stages[0], source, recipe=recipe, output=output)
+    context = Context(recipe, torch.device("cpu"), fingerprint_of(recipe, source), Clock(), progress)
+    record = run_training(
+        plan, source, target=output, describe=lambda _: b"{}", overwrite=False, resume=False, context=context
+    )
+    assert record["curve"][-1]["loss"] < record["curve"][0]["loss"]
+    written = Checkpoint.open(str(output))
+    assert plan.bytes_after == written.nbytes
+    before, after = load_file(folder / "model.safetensors"), load_file(output / "model.safetensors")
+    assert after.keys() == {f"bert.{name}" for name in before} | {"classifier.weight", "classifier.bias"}
+    for name, tensor in before.items():
+        assert after[f"bert.{name}"].dtype == tensor.dtype
+        is_changed = tensor.is_floating_point() and not torch.equal(after[f"bert.{name}"], tensor)
+        assert is_changed or "positions" in name or "bias" in name or "embeddings" in name, name
+    opened = transformers.BertForSequenceClassification.from_pretrained(output)
+    ((name, places),) = kept.items()
+    weight = opened.bert.get_submodule(name).weight_value.dense(torch.float32)
+    assert torch.equal(weight != 0, places)
