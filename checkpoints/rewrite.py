@@ -1,5 +1,4 @@
-"""A checkpoint made from another one by leaving out parts of its tensors or whole tensors, by renaming them, or by putting
-others in their place."""
+"""A checkpoint made from another one: tensors are cut, left out, renamed, or others put in their place."""
 
 from __future__ import annotations
 

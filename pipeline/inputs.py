@@ -19,7 +19,7 @@ from .hessian import accumulate
 
 @dataclass
 class InputSum:
-    """Of one input tensor x over the tokens so far: the sum of x xᵀ under its diagonal, [in, in], or that of x², [in]."""
+    """Of one input x over the tokens so far: the sum of x xᵀ under its diagonal, [in, in], or that of x², [in]."""
 
     total: Tensor
     tokens: int = 0

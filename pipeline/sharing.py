@@ -7,7 +7,6 @@ they are a few thousandths of a layer, and scale the shared weights for each lay
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -161,9 +160,9 @@ def build_share(settings: Share, checkpoint: Checkpoint, groups: tuple[Group, ..
             for number in group.blocks[1:]:
                 shared[_parameter(headers, number, leaf)] = _parameter(headers, owner, leaf)
         parts[_part(headers.structure, group)] = made
-        record = {"method": settings.method, "scope": settings.scope, "start": settings.start, "groups": [], "note": ""}
+        record: dict[str, Any] = {"method": settings.method, "scope": settings.scope, "start": settings.start}
         names = [headers.structure.blocks[number].name for number in group.blocks]
-        records.setdefault(group.stack, record)["groups"].append(names)
+        records.setdefault(group.stack, {**record, "groups": [], "note": ""})["groups"].append(names)
     before = checkpoint.quantization or quantization_config({}, layout=MODELZIP, linears=[])
     quantization = {**before, "shared": {**before.get("shared", {}), **shared}}
     config = {**checkpoint.config, "quantization_config": quantization}

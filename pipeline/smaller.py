@@ -55,8 +55,8 @@ class StructuralMethod:
     """first: the choice as far as headers and settings tell it; raises ProblemsError or CheckpointError.
 
     build: what the checkpoint becomes by a choice; raises the same. choose: the choice by what the model does; None
-    where `first`'s is final. memory: bytes that all of it needs, beside the interpreter's. notes: for the plan. fill: writes the parts whose tensors take more
-    than the pieces can give, such as a run of the model; gradients are off.
+    where `first`'s is final. memory: bytes that all of it needs, beside the interpreter's. notes: for the plan.
+    fill: writes the parts whose tensors take more than the pieces can give, such as a run of the model.
     """
 
     first: Callable[[Any, Checkpoint], Any]

@@ -15,7 +15,6 @@ from modelzip.checkpoints.rewrite import expected, write
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.compressors.factorize.settings import Embedding, Share
 from modelzip.compressors.prune.structural_settings import Heads, Layers, Neurons, Vocabulary
-from modelzip.compressors.settings import MethodSettings
 from modelzip.recipes.schema import Recipe, Stage
 
 from .context import Context
@@ -29,7 +28,7 @@ from .text import Windows
 from .unit_pruning import UNITS
 from .vocabulary import VOCABULARY
 
-METHODS: Final[Mapping[type[MethodSettings], StructuralMethod]] = MappingProxyType(
+METHODS: Final[Mapping[type[Any], StructuralMethod]] = MappingProxyType(
     {Heads: UNITS, Neurons: UNITS, Layers: LAYERS, Vocabulary: VOCABULARY, Share: SHARE, Embedding: EMBEDDING}
 )
 DONE: Final = {"prune": "pruned", "factorize": "factorized"}
