@@ -8,12 +8,13 @@ they are a few thousandths of a layer, and scale the shared weights for each lay
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import psutil
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from modelzip.checkpoints.blocks import Block, Linear, Structure
 from modelzip.checkpoints.errors import CheckpointError, ModelzipError, ProblemsError
@@ -27,7 +28,9 @@ from modelzip.compressors.factorize.settings import Share
 from modelzip.compressors.factorize.share import LeastSquares, average, runs
 from modelzip.compressors.layer import UnsuitableError
 from modelzip.recipes.schema import Recipe
+from modelzip.weights.dense import Dense
 from modelzip.weights.layouts import MODELZIP, quantization_config
+from modelzip.weights.value import dtype_name
 
 from .calibrate import batches, forward_inputs
 from .context import Context
@@ -42,16 +45,22 @@ from .text import Windows
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of the source's tensors of these names, which are alike; stored as the first is."""
+    """The mean of the source's tensors of these names, which are alike, in their type.
+
+    turned: the two dimensions are exchanged, since a Conv1D's weight that is shared becomes a plain linear's, [out, in]:
+    transformers takes what is tied for one of these, and cuts biases to its rows.
+    """
 
     sources: tuple[str, ...]
+    turned: bool = False
 
     def like(self, source: Checkpoint) -> TensorInfo:
-        return source.tensors[self.sources[0]]
+        first = source.tensors[self.sources[0]]
+        return replace(first, shape=first.shape[::-1]) if self.turned else first
 
     def make(self, source: Checkpoint) -> Tensor:
-        mean = average(source.read([name])[name] for name in self.sources)
-        return mean.to(DTYPES[self.like(source).dtype])
+        mean = average(source.read([name])[name] for name in self.sources).to(DTYPES[self.like(source).dtype])
+        return mean.T.contiguous() if self.turned else mean
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,9 @@ def _linears_of(scope: str, headers: Headers) -> dict[int, set[str]]:
 
     Feed-forwards are known by the names and shapes of their projections; all other linears are the attention's.
     """
+    experts = [name for name, reason in headers.structure.left_alone if reason in ("router", "fused experts")]
+    if experts:
+        raise ProblemsError([f"{experts[0]} belongs to a mixture of experts, of whose layers modelzip shares no part"])
     inside: dict[int, set[str]] = {number: set() for number in range(len(headers.structure.blocks))}
     for units in find_neurons(headers.model, headers.structure):
         inside[units.block].update(units.resized)
@@ -139,7 +151,7 @@ def _refuse_unfit(group: Group, headers: Headers, checkpoint: Checkpoint) -> Non
             if name in tied:
                 raise ProblemsError([f"{name} is tied to another weight already: give the original model"])
             if source is None:
-                raise ProblemsError([f"{name} isn't stored as it is, but compressed or fused: give the original model"])
+                raise ProblemsError([f"{name} isn't stored as a tensor of its own, but compressed or in pieces"])
             alike.add((checkpoint.tensors[source].shape, checkpoint.tensors[source].dtype))
         if len(alike) > 1:
             shapes = " and ".join(f"{'×'.join(map(str, shape))} {dtype}" for shape, dtype in sorted(alike))
@@ -151,12 +163,20 @@ def build_share(settings: Share, checkpoint: Checkpoint, groups: tuple[Group, ..
     headers = headers_of(checkpoint)
     parts: dict[str, dict[str, Mean]] = {}
     shared: dict[str, str] = {}
+    modules: dict[str, Any] = {}
     records: dict[str, dict[str, Any]] = {}
     for group in groups:
         owner = group.blocks[0]
         made = {}
         for leaf in group.leaves:
-            made[_stored(headers, owner, leaf)] = Mean(tuple(_stored(headers, number, leaf) for number in group.blocks))
+            stored = _stored(headers, owner, leaf)
+            turned = _is_turned(headers, owner, leaf)
+            made[stored] = Mean(tuple(_stored(headers, number, leaf) for number in group.blocks), turned)
+            if turned:
+                info = made[stored].like(checkpoint)
+                meta = {"kind": Dense.kind, "shape": list(info.shape), "dtype": dtype_name(DTYPES[info.dtype])}
+                every = (_parameter(headers, number, leaf).removesuffix(".weight") for number in group.blocks)
+                modules |= dict.fromkeys(every, meta)
             for number in group.blocks[1:]:
                 shared[_parameter(headers, number, leaf)] = _parameter(headers, owner, leaf)
         parts[_part(headers.structure, group)] = made
@@ -164,7 +184,11 @@ def build_share(settings: Share, checkpoint: Checkpoint, groups: tuple[Group, ..
         names = [headers.structure.blocks[number].name for number in group.blocks]
         records.setdefault(group.stack, {**record, "groups": [], "note": ""})["groups"].append(names)
     before = checkpoint.quantization or quantization_config({}, layout=MODELZIP, linears=[])
-    quantization = {**before, "shared": {**before.get("shared", {}), **shared}}
+    quantization = {
+        **before,
+        "modules": {**before["modules"], **modules},
+        "shared": {**before.get("shared", {}), **shared},
+    }
     config = {**checkpoint.config, "quantization_config": quantization}
     rewrite = Rewrite(config=config, parts=parts, records=records)
     if problem := opens(expected(rewrite, checkpoint)):
@@ -174,6 +198,11 @@ def build_share(settings: Share, checkpoint: Checkpoint, groups: tuple[Group, ..
 
 def _parameter(headers: Headers, block: int, leaf: str) -> str:
     return f"{headers.structure.blocks[block].name}.{leaf}"
+
+
+def _is_turned(headers: Headers, block: int, leaf: str) -> bool:
+    path, _, name = _parameter(headers, block, leaf).rpartition(".")
+    return name == "weight" and isinstance(headers.model.get_submodule(path), Conv1D)
 
 
 def _stored(headers: Headers, block: int, leaf: str) -> str:
@@ -280,7 +309,7 @@ def _write_fit(
         except UnsuitableError as error:
             raise ModelzipError(f"{linear.name} couldn't be fitted: {error}; take --start average.") from None
         kept = DTYPES[checkpoint.tensors[linear.tensor].dtype]
-        made[linear.tensor] = (weight.T if linear.transposed else weight).to(kept).contiguous()
+        made[linear.tensor] = weight.to(kept)
         records[linear.name] = {
             "method": settings.method,
             "error": fits[leaf].error(weight),
