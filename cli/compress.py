@@ -74,6 +74,8 @@ def _run(recipe: Recipe, output: Path, values: Mapping[str, Any]) -> None:
     overwrite, resume = bool(values["overwrite"]), bool(values["resume"])
     with shown_progress() as progress:
         result = run_recipe(recipe, output=output, overwrite=overwrite, resume=resume, progress=progress)
+    if result.report is None:
+        return
     report = {**result.report, "output": str(result.report.get("output") or result.folder)}
     if values["json"]:
         write_json(report)

@@ -12,12 +12,14 @@ from typing import Any
 
 from modelzip.checkpoints.index import Checkpoint
 
+from . import ranks
 from .classify import by_labels, classification_section
 from .context import Run
 from .engines import run_stage
 from .identity import provenance_of, read_provenance
 from .measure import evaluation_section
 from .text import Windows
+from .train.plan import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def run_chain(
 ) -> list[StageDone]:
     """Run all stages; all but the last write where `run.targets` says, and are measured if the recipe asks for it.
 
-    With `resume`, stages that are finished are not run again, nor what was measured of them measured again.
+    With `resume`, stages that are finished are not run again, nor what was measured of them measured again. Of several
+    processes, all take part where a stage trains; the main one does everything else.
     """
     done: list[StageDone] = []
     source = run.checkpoint
@@ -45,8 +48,12 @@ def run_chain(
         is_last = target == run.output
         stage = run.context.recipe.stages[number]
         begin = time.perf_counter()
-        earlier = read_provenance(target, run.context.fingerprint) if resume else None
-        if earlier is None:
+        is_there = resume and ranks.is_main()
+        earlier = ranks.told(read_provenance(target, run.context.fingerprint) if is_there else None)
+        records: dict[str, Any] = {}
+        if earlier is not None:
+            records = earlier["stages"][-1]["records"]
+        elif ranks.is_main() or isinstance(plan, TrainingPlan):
             records = run_stage(
                 plan,
                 source,
@@ -57,11 +64,10 @@ def run_chain(
                 resume=resume,
                 context=run.context,
             )
-        else:
-            records = earlier["stages"][-1]["records"]
+        ranks.wait()
         seconds = time.perf_counter() - begin if earlier is None else None
         source = Checkpoint.open(str(target))
-        evaluation = None if is_last else _measured_once(run, number, source, kept)
+        evaluation = None if is_last or not ranks.is_main() else _measured_once(run, number, source, kept)
         done.append(StageDone(plan.kind, stage.settings.label, records, source.nbytes, seconds, evaluation))
     return done
 

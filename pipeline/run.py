@@ -19,6 +19,7 @@ from modelzip.evaluation.report import report_json, validate, write_report
 from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Evaluation, Recipe
 
+from . import ranks
 from .calibrate import calibration_windows, evaluation_windows
 from .chain import StageDone, finished_chain, measured, memory_file, run_chain
 from .checks import check_comparable, check_kernels, check_measures, check_predicts, check_room, report_of
@@ -37,10 +38,10 @@ from .text import Windows, check_source
 
 @dataclass(frozen=True)
 class Result:
-    """folder: what was written. report: the contents of report.json."""
+    """folder: what was written. report: the contents of report.json, None in processes that only help to train."""
 
     folder: Path
-    report: dict[str, Any]
+    report: dict[str, Any] | None
 
 
 def plan_recipe(recipe: Recipe, *, output: Path) -> list[Plan]:
@@ -61,6 +62,8 @@ def run_recipe(
     gates = parse_gates(recipe.evaluate.fail_if)
     require_measured(gates, evaluation=recipe.evaluate.enabled)
     device = pick_device(recipe.device)
+    ranks.join(device)
+    progress = ranks.voice(progress)
     check_kernels(device)
     if recipe.model is not None and recipe.model.lower().endswith(".gguf"):
         if not resume:
@@ -75,6 +78,9 @@ def run_recipe(
     model = open_streamed(checkpoint, recipe.dtype, device).model
     check_measures(gates, plans[-1].result, labelled=run.by_labels, latency=recipe.evaluate.latency)
     check_predicts(gates, model, checkpoint)
+    if not ranks.is_main():
+        run_chain(run, None, None, overwrite=overwrite, resume=resume)
+        return Result(output, None)
     earlier = read_provenance(output, context.fingerprint) if resume else None
     if earlier is not None:
         clean_up(output)

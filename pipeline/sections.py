@@ -59,7 +59,7 @@ def module_rows(stage: int, plan: Plan, records: Mapping[str, Any]) -> tuple[lis
         notes = [note for note in (taken, record["note"]) if note]
         weight = module.before if record["weight"] is None else empty(record["weight"])
         if record["fallback"]:
-            instead = "left as it was" if record["weight"] is None else f"{record['method']} instead"
+            instead = "left as it was" if record["weight"] is None else INSTEAD[record["method"]]
             notes.append(f"{instead}: {record['fallback']}")
         fallbacks += [f"{module.name}: {note}" for note in notes]
         rows.append(
@@ -76,6 +76,10 @@ def module_rows(stage: int, plan: Plan, records: Mapping[str, Any]) -> tuple[lis
             }
         )
     return rows, fallbacks
+
+
+INSTEAD = {"rtn": "rounded to nearest", "magnitude": "pruned by magnitude"}
+"""What is said of a method that took another's place."""
 
 
 def stage_rows(done: Sequence[StageDone], evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:

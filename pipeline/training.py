@@ -25,11 +25,11 @@ from modelzip.checkpoints.target import workspace_of
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.recipes.match import matches
 
+from . import ranks
 from .calibrate import tokenizer_of
 from .context import Context
 from .identity import PROVENANCE, header_hash
 from .text import Windows
-from .train import ranks
 from .train.data import Data, masking_of, material_of
 from .train.lesson import Lesson
 from .train.material import Material, Padding, padding_of
