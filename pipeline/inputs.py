@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +26,15 @@ class InputSum:
 
 
 def sums_of_inputs(
-    streamed: StreamedModel, walk: Walk, block: Block, linears: Iterable[str], *, is_whole: bool
+    streamed: StreamedModel, walk: Walk, block: Block, linears: Mapping[str, bool]
 ) -> dict[str, InputSum]:
     """Let all batches that wait at a loaded block run through it, and sum what flows into these linears of it.
 
-    Linears that are handed the same tensor get one and the same sum. is_whole: x xᵀ, not its diagonal alone. A linear
-    that no token reaches isn't in the result.
+    linears: by module name, whether the sum is of x xᵀ, not of its diagonal alone. Those that are handed the same
+    tensor get one and the same sum. A linear that no token reaches isn't in the result.
     """
     found: dict[str, InputSum] = {}
-    with _watched(streamed, linears, found, is_whole=is_whole) as next_batch:
+    with _watched(streamed, linears, found) as next_batch:
         for batch in range(len(walk)):
             if walk.at[batch].module == block.name:
                 next_batch()
@@ -45,7 +45,7 @@ def sums_of_inputs(
 
 @contextmanager
 def _watched(
-    streamed: StreamedModel, linears: Iterable[str], found: dict[str, InputSum], *, is_whole: bool
+    streamed: StreamedModel, linears: Mapping[str, bool], found: dict[str, InputSum]
 ) -> Iterator[Callable[[], None]]:
     """Hooks that sum into `found`; gives what must be called before each batch."""
     seen: list[tuple[Tensor, InputSum]] = []  # of this batch: kept, so that no other tensor gets its identity
@@ -53,11 +53,11 @@ def _watched(
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            twin = next((sums for tensor, sums in seen if tensor is x), None)
+            width = x.shape[-1]
+            shape = (width, width) if linears[name] else (width,)
+            twin = next((sums for tensor, sums in seen if tensor is x and sums.total.shape == shape), None)
             if twin is not None and found.setdefault(name, twin) is twin:
                 return
-            width = x.shape[-1]
-            shape = (width, width) if is_whole else (width,)
             sums = found.setdefault(name, InputSum(torch.zeros(shape, dtype=torch.float32, device=x.device)))
             sums.tokens += accumulate(sums.total, x)
             seen.append((x, sums))

@@ -47,8 +47,8 @@ from .text import Windows
 class Mean:
     """The mean of the source's tensors of these names, which are alike, in their type.
 
-    turned: the two dimensions are exchanged, since a Conv1D's weight that is shared becomes a plain linear's, [out, in]:
-    transformers takes what is tied for one of these, and cuts biases to its rows.
+    turned: the two dimensions are exchanged. A Conv1D's weight that is shared becomes a plain linear's, [out, in]:
+    transformers takes all that is tied for that, and cuts biases to its rows.
     """
 
     sources: tuple[str, ...]
@@ -272,7 +272,7 @@ def _add_layer(
     """Run all batches through a layer and add what its linears do with their inputs to the fits, by leaf."""
     linears = dict(_shared_linears(group, block))
     streamed.load(block)
-    sums = sums_of_inputs(streamed, walk, block, [linear.name for linear in linears.values()], is_whole=True)
+    sums = sums_of_inputs(streamed, walk, block, {linear.name: True for linear in linears.values()})
     streamed.free(block)
     hessians: dict[int, Tensor] = {}
     for leaf, linear in linears.items():
