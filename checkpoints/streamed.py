@@ -141,8 +141,10 @@ class StreamedModel:
             if name in self._stand_ins:
                 weight = self._stand_ins[name]().to(self.device)
                 self._modules[name]._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-            as_stored = isinstance(self._modules[name], nn.Linear | nn.Embedding)
-            self._fill(_own_state(name, self._modules[name]), None if as_stored else self.dtype)
+            module = self._modules[name]
+            # Scaled embeddings multiply: that must be done in the type of the activations.
+            as_stored = isinstance(module, nn.Linear) or type(module).forward is nn.Embedding.forward
+            self._fill(_own_state(name, module), None if as_stored else self.dtype)
             self._outside.add(name)
 
     def _fill(self, prefixes: Sequence[str], dtype: torch.dtype | None) -> None:

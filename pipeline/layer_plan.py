@@ -316,7 +316,9 @@ def _notes(structure: Structure, modules: list[ModulePlan], refused: Mapping[str
             f"{len(serving)} matrices serve several layers: each is compressed once, for the inputs of all of them"
         )
     kinds: dict[str, list[str]] = {}
-    for name, reason in (*refused.items(), *structure.left_alone):
-        kinds.setdefault(reason, []).append(name)
+    planned = {name for module in modules for name in (module.name, *module.linear.sharers)}
+    for name, reason in {**dict(structure.left_alone), **refused}.items():
+        if name not in planned:
+            kinds.setdefault(reason, []).append(name)
     notes += [f"left alone ({reason}): {names[0]}{_others(names)}" for reason, names in kinds.items()]
     return notes
