@@ -25,7 +25,7 @@ Settings = TypeVar("Settings", bound=MethodSettings)
 def fitted(settings: Settings, columns: int) -> tuple[Settings, str]:
     """The settings with a group size that divides the columns, and what was changed; those without one stay."""
     size = getattr(settings, "group_size", None)
-    if not isinstance(size, int) or columns % size == 0:
+    if not isinstance(size, int) or columns % size == 0 or getattr(settings, "bits", None) is None:
         return settings, ""
     fitting = [
         1 << power for power in range(4, 16) if SMALLEST_GROUP <= 1 << power < size and columns % (1 << power) == 0
