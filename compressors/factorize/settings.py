@@ -186,6 +186,16 @@ class Share(MethodSettings):
     )
 
     @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.start == "least-squares"
+
+    @property
+    def is_given(self) -> bool:
+        """Which layers are shared, the settings alone say."""
+        return True
+
+    @property
     def label(self) -> str:
         """Method, scope and groups, such as share-attention-3."""
         return f"{self.method}-{self.scope}-{self.groups}"
@@ -208,3 +218,13 @@ class Embedding(FactorizeSettings):
         description="What a token's error counts; frequency: as often as it comes in the calibration text, and once "
         "more, even: the same for all.",
     )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.weighting == "frequency"
+
+    @property
+    def is_given(self) -> bool:
+        """The factors depend on the embedding's values."""
+        return False
