@@ -80,8 +80,8 @@ def _exports(data: object, found: Found) -> tuple[Export, ...]:
 
 def _stage_data(stage: Stage) -> dict[str, Any]:
     data: dict[str, Any] = stage.settings.model_dump(mode="json")
-    if stage.keep:
-        data["keep"] = stage.keep
+    if stage.keep_as:
+        data["keep_as"] = stage.keep_as
     if stage.ignore:
         data["ignore"] = list(stage.ignore)
     if stage.rules:
@@ -135,11 +135,11 @@ def _stage(data: object, path: str, found: Found) -> Stage | None:
     ignore = _patterns(own.get("ignore"), inside(path, "ignore"), found)
     if base is None or len(found.problems) > before:
         return None
-    keep = own.get("keep")
+    keep = own.get("keep_as")
     if keep is not None and (not isinstance(keep, str) or not keep):
-        found.add(inside(path, "keep"), f"{shown(keep)} is not allowed; it must be a folder's path")
+        found.add(inside(path, "keep_as"), f"{shown(keep)} is not allowed; it must be a folder's path")
         return None
-    return cls.model_validate({"settings": base, "ignore": ignore, "rules": rules, "keep": keep})
+    return cls.model_validate({"settings": base, "ignore": ignore, "rules": rules, "keep_as": keep})
 
 
 def _method(cls: type[Stage], flat: Mapping[str, Any], path: str, found: Found) -> type[MethodSettings] | None:

@@ -114,10 +114,10 @@ class Stage(BaseModel):
     settings: Any
     ignore: tuple[str, ...] = Field(default=(), description="Modules to leave alone: globs, or re: and an expression.")
     rules: tuple[Rule, ...] = Field(default=(), description="Other settings for some modules.")
-    keep: str | None = Field(
+    keep_as: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder in which this stage's result stays; without one only the last stage's does.",
+        description="Folder in which this stage's result stays, as a checkpoint; without one only the last stage's does.",
     )
 
 
