@@ -29,7 +29,7 @@ from .context import Context, Run
 from .environment import environment, package_version, peak_memory_mb
 from .export import check_exports, export_all
 from .identity import fingerprint_of, header_hash, read_provenance
-from .measure import evaluation_section, open_streamed, pick_device, reopen
+from .measure import evaluation_section, open_running, pick_device, reopen
 from .plans import Plan, make_plans
 from .progress import Progress
 from .sections import calibration_section, module_rows, plan_summary, size_section, stage_rows
@@ -75,7 +75,7 @@ def run_recipe(
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
     check_exports(recipe, output, context.fingerprint, overwrite=overwrite, resume=resume)
     run = Run(context, checkpoint, plans, output, started)
-    model = open_streamed(checkpoint, recipe.dtype, device).model
+    model = open_running(checkpoint, recipe.dtype, device).model
     check_measures(gates, plans[-1].result, labelled=run.by_labels, latency=recipe.evaluate.latency)
     check_predicts(gates, model, checkpoint)
     if not ranks.is_main():
@@ -227,7 +227,7 @@ def evaluate_models(
         else:
             if original is not None:
                 check_comparable(checkpoint, original)
-            network = open_streamed(checkpoint, dtype, where).model
+            network = open_running(checkpoint, dtype, where).model
             check_predicts(gates, network, checkpoint)
             windows = evaluation_windows(evaluation, checkpoint, network)
             section = evaluation_section(checkpoint, original, windows, dtype=dtype, device=where, progress=progress)
