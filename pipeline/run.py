@@ -26,6 +26,7 @@ from .checks import check_comparable, check_kernels, check_measures, check_predi
 from .classify import by_labels, check_evaluation, classification_section, is_classifier
 from .clock import Clock
 from .context import Context, Run
+from .early_exits import check_exits
 from .environment import environment, package_version, peak_memory_mb
 from .export import check_exports, export_all
 from .identity import fingerprint_of, header_hash, read_provenance
@@ -168,7 +169,7 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
             "plan": plan_summary(run.plans),
             "calibration": calibration_section(calibration, run.context.recipe.seed),
             "modules": modules,
-            "stages": stage_rows(done, evaluation),
+            "stages": stage_rows(run.plans, done, evaluation),
             "fallbacks": fallbacks,
             "evaluation": evaluation,
             "size": size_section(run.checkpoint, result),
@@ -194,6 +195,7 @@ def _check_data(recipe: Recipe, result: Checkpoint) -> None:
         check_source(recipe.calibration.source, field=recipe.calibration.field)
     if recipe.evaluate.enabled:
         check_evaluation(recipe.evaluate, classifier=is_classifier(result.config))
+        check_exits(recipe.evaluate, result.config, labelled=by_labels(recipe.evaluate, result.config))
 
 
 def evaluate_models(
@@ -218,6 +220,7 @@ def evaluate_models(
     original = None if against is None else Checkpoint.open(against, revision=revision)
     check_evaluation(evaluation, classifier=is_classifier(checkpoint.config))
     labelled = by_labels(evaluation, checkpoint.config)
+    check_exits(evaluation, checkpoint.config, labelled=labelled)
     check_measures(gates, checkpoint, labelled=labelled, latency=evaluation.latency)
     with torch.no_grad():
         if labelled:
