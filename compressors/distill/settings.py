@@ -17,6 +17,7 @@ class DistillSettings(MethodSettings):
 
     engine: ClassVar[Engine] = "training"
     needs_teacher: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
 
     method: str = Field(description="Name of the method.")
     data: str | None = Field(
@@ -116,6 +117,7 @@ class Labels(DistillSettings):
 
     summary: ClassVar[str] = "Fine-tune the model on labelled data, or on text, without a teacher."
     citation: ClassVar[str] = 'Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transformers", section 4'
+    needs_labels: ClassVar[bool] = True
     example: ClassVar[str] = "- distill: {method: labels, data: train.tsv, validation: dev.tsv, epochs: 3}"
 
     method: Literal["labels"] = Field(default="labels", description="Name of the method.")
