@@ -23,6 +23,7 @@ from modelzip.weights.attributes import ATTRIBUTES, set_attributes
 from modelzip.weights.dense import Dense
 from modelzip.weights.layouts import MODELZIP
 from modelzip.weights.plugin import compressed_module, located
+from modelzip.weights.students import OWN_MODELS
 from modelzip.weights.value import dtype_name
 
 from .errors import CheckpointError
@@ -116,6 +117,8 @@ def _classes(checkpoint: Checkpoint) -> tuple[Any, Any]:
             "update transformers or check the file."
         )
     config_class = CONFIG_MAPPING[model_type]
+    if model_type in OWN_MODELS:
+        return config_class, OWN_MODELS[model_type]
     architectures = config.get("architectures") or [None]
     named = getattr(transformers, str(architectures[0]), None)
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
@@ -132,7 +135,18 @@ def _classes(checkpoint: Checkpoint) -> tuple[Any, Any]:
     raise CheckpointError(f"{where} names no architecture, and transformers has none for the type {model_type!r}.")
 
 
+def is_own(checkpoint: Checkpoint) -> bool:
+    """Whether the model is one of our own kinds, which run whole: they have no blocks to be streamed or compressed."""
+    return checkpoint.config.get("model_type") in OWN_MODELS
+
+
 def find_structure(model: nn.Module, checkpoint: Checkpoint, *, names: NameMap | None = None) -> Structure:
+    """Raises CheckpointError for a model without blocks that hold linears, and for students of our own kinds."""
+    if is_own(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.source} is a {type(model).__name__}, which no other method takes any further: compress the "
+            "classifier that it was made from, before this student is made."
+        )
     names = names if names is not None else NameMap(model, checkpoint)
     left_alone: list[tuple[str, str]] = []
     paths = [f"{stack}.{index}" for stack in _stacks(model) for index in range(len(model.get_submodule(stack)))]  # type: ignore[arg-type]

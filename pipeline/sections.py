@@ -11,6 +11,7 @@ from modelzip.weights.kinds import empty
 from modelzip.weights.layouts import MODELZIP
 
 from .chain import StageDone
+from .engines import stage_details
 from .forms import described, taken_group
 from .layer_plan import LayerPlan
 from .plans import Plan
@@ -82,8 +83,10 @@ INSTEAD = {"rtn": "rounded to nearest", "magnitude": "pruned by magnitude"}
 """What is said of a method that took another's place."""
 
 
-def stage_rows(done: Sequence[StageDone], evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The report's `stages`: what each left, and what that costs. evaluation: of the last one."""
+def stage_rows(
+    plans: Sequence[Plan], done: Sequence[StageDone], evaluation: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The report's `stages`: what each did and left, and what that costs. evaluation: of the last one."""
     last = len(done) - 1
     return [
         {
@@ -92,8 +95,9 @@ def stage_rows(done: Sequence[StageDone], evaluation: Mapping[str, Any] | None) 
             "bytes_after": stage.bytes_after,
             "seconds": stage.seconds,
             "evaluation": evaluation if number == last else stage.evaluation,
+            "details": stage_details(plan, stage.records),
         }
-        for number, stage in enumerate(done)
+        for number, (plan, stage) in enumerate(zip(plans, done, strict=True))
     ]
 
 

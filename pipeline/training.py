@@ -111,6 +111,7 @@ def training_section(record: Mapping[str, Any]) -> dict[str, Any]:
         "last_loss": curve[-1]["loss"] if curve else None,
         "best": None if best is None else {name: best[name] for name in names if name in best},
         "kept": None if kept is None else {name: kept[name] for name in names if name in kept},
+        **({"baseline": record["baseline"]} if "baseline" in record else {}),
         "curve": curve,
     }
 

@@ -35,7 +35,8 @@ class FactorizeSettings(MethodSettings):
         json_schema_extra={"allowed": "a size such as 60MB (KB, MB or GB; 1 MB is 1,000,000 bytes)"},
     )
     rank: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="In place of ratio: the number of products that are summed."
+        default=None,
+        description="In place of ratio: the rank; for kronecker the number of terms, for tensor-train all ranks.",
     )
 
     @model_validator(mode="before")
@@ -168,7 +169,7 @@ class Share(MethodSettings):
 
     method: Literal["share"] = Field(default="share", description="Name of the method.")
     scope: Literal["all", "attention", "feed-forward"] = Field(
-        default="all", description="Which weights of a layer are shared."
+        default="all", description="Which weights of a layer are shared with its neighbours."
     )
     groups: int = Field(
         default=1, ge=1, description="Distinct layers that are left; each serves a run of neighbouring layers."

@@ -11,15 +11,20 @@ from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Sequence
 from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
+from modelzip.weights.exits import ExitsConfig
 
 from ..calibrate import longest, tokenizer_of
 from ..room import BASE_BYTES
 from .data import Data, is_running_text, read_data, running_text
 from .fit import Problems, check_tokens, objective_of, shell
 from .lesson import Objective
+from .material import padding_of
+from .own import bilstm_config, exits_config
 from .student import (
+    Start,
     Student,
     architecture,
     class_names,
@@ -107,7 +112,7 @@ def plan_training(
     assert objective is not None
     assert data is not None
     result = student.checkpoint()
-    length = settings.max_length or min(LENGTH, longest(skeleton(shell(student))))
+    length = settings.max_length or _length(student, teacher)
     return TrainingPlan(
         kind=stage.kind,
         source=source.source,
@@ -124,9 +129,15 @@ def plan_training(
         bytes_after=result.nbytes,
         memory_bytes=_memory(settings, student, result, teacher, length=length),
         disk_bytes=result.nbytes + 2 * 12 * parameters_of(result),
-        notes=tuple(_notes(settings, student, teacher, data)),
+        notes=(*_own_teacher(settings, recipe), *_notes(settings, student, teacher, data)),
         result=result,
     )
+
+
+def _length(student: Student, teacher: Checkpoint | None) -> int:
+    """Tokens of a text where nobody said: no more than both models take."""
+    models = [shell(student), *([] if teacher is None else [teacher])]
+    return min(LENGTH, *(longest(skeleton(one)) for one in models))
 
 
 def _check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
@@ -137,12 +148,18 @@ def _check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
         problems.add("no data is named: give data, a file with labelled texts or plain text, or a hub dataset.")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         problems.add("tensorboard needs the package of that name: install it, or leave tensorboard out.")
-    if not _is_new(settings) and (reason := untrainable(source)) is not None:
+    if isinstance(settings, BiLstm | FastBert) and settings.task == "language-modelling":
+        problems.add(f"{settings.method} makes a classifier, so task can't be language-modelling: leave it out.")
+    if source.config.get("model_type") == ExitsConfig.model_type and not _is_new(settings):
+        problems.add(f"{source.source} has exits already, and they aren't trained any further: train what it is from.")
+    if isinstance(settings, FastBert) and source.quantization is not None:
+        problems.add(f"{source.source} is compressed, and exits are put on an ordinary classifier: do that first.")
+    elif not _is_new(settings) and (reason := untrainable(source)) is not None:
         problems.add(f"{source.source} {reason}: train it first, and compress it then.")
 
 
 def _teacher(settings: DistillSettings, recipe: Recipe, problems: Problems) -> Checkpoint | None:
-    if not isinstance(settings, Logits):
+    if not isinstance(settings, Logits | BiLstm | Sequence):
         return None
     name = settings.teacher or recipe.model
     revision = None if settings.teacher else recipe.revision
@@ -160,6 +177,11 @@ def _origin(settings: DistillSettings, source: Checkpoint, teacher: Checkpoint |
 
 def _is_new(settings: DistillSettings) -> bool:
     """Whether the student is made from the teacher, not what came in."""
+    return isinstance(settings, BiLstm) or _is_smaller(settings)
+
+
+def _is_smaller(settings: DistillSettings) -> bool:
+    """Whether the student is the teacher with fewer layers or smaller sizes."""
     return isinstance(settings, Logits) and (settings.layers is not None or settings.student_config is not None)
 
 
@@ -180,7 +202,7 @@ def _data(
         known = found[0].examples.names if found and found[0] is not None and found[0].examples else names
 
         def read(source: str = source, split: str = split, known: Any = known) -> Data:
-            needs_labels = None if settings.needs_teacher else True
+            needs_labels = True if settings.needs_labels else None
             runs = settings.task == "language-modelling" or (
                 settings.task == "auto" and not heads and is_running_text(settings, source, split)
             )
@@ -197,11 +219,36 @@ def _data(
     return first, second
 
 
+def _own_student(settings: BiLstm | FastBert, origin: Checkpoint, data: Data, problems: Problems) -> Student | None:
+    """A student of our own kind; its origin is the classifier that it learns from, or gets the exits."""
+    model = problems.tried(lambda: skeleton(origin))
+    tokenizer = problems.tried(lambda: tokenizer_of(origin))
+    if model is None or tokenizer is None:
+        return None
+    if not is_classifier(origin.config) or data.examples is None:
+        problems.add(
+            f"{origin.source} is a {type(model).__name__}, which has no logits for a whole text: train it with method "
+            "labels first."
+        )
+        return None
+    padding = padding_of(tokenizer, model.config)
+    more = (origin, class_names(model), None if padding is None else padding.token)
+    start: Start
+    if isinstance(settings, BiLstm):
+        config = problems.tried(lambda: bilstm_config(settings, *more))
+        start = "principal" if settings.start == "teacher" else "random"
+    else:
+        config, start = problems.tried(lambda: exits_config(settings, *more)), "exits"
+    return None if config is None else Student(config, origin, start)
+
+
 def _student(
     settings: DistillSettings, origin: Checkpoint, teacher: Checkpoint | None, data: Data, problems: Problems
 ) -> Student | None:
+    if isinstance(settings, BiLstm | FastBert):
+        return _own_student(settings, origin, data, problems)
     config: dict[str, Any] = dict(origin.config)
-    start: Any = "whole"
+    start: Start = "whole"
     layers: tuple[int, ...] = ()
     if isinstance(settings, Logits) and settings.layers is not None:
         start, layers = "layers", settings.layers
@@ -241,11 +288,20 @@ def _memory(
     """Bytes: weights, gradients and two moments in fp32, the teacher, and activations of one batch."""
     config = skeleton(shell(student)).config.get_text_config()
     tokens = settings.train_batch_size * length
-    wide = 18 * config.hidden_size + 3 * config.num_attention_heads * length
-    activations = 4 * tokens * wide * config.num_hidden_layers
+    heads, layers = (getattr(config, name, 1) for name in ("num_attention_heads", "num_hidden_layers"))
+    wide = 18 * config.hidden_size + 3 * heads * length
+    activations = 4 * tokens * wide * layers
     if not is_classifier(student.config):
         activations += 12 * tokens * config.vocab_size * (1 if teacher is None else 2)
     return int(BASE_BYTES + 16 * parameters_of(result) + 4 * (parameters_of(teacher) if teacher else 0) + activations)
+
+
+def _own_teacher(settings: DistillSettings, recipe: Recipe) -> list[str]:
+    """What is said of a student that starts as the very model it learns from."""
+    is_first = settings is recipe.stages[0].settings
+    if not isinstance(settings, Logits) or settings.teacher or _is_new(settings) or not is_first:
+        return []
+    return ["the student starts as its own teacher: name layers, student_config or another teacher"]
 
 
 def _notes(settings: DistillSettings, student: Student, teacher: Checkpoint | None, data: Data) -> list[str]:
