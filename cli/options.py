@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from modelzip.compressors.settings import MethodSettings
-from modelzip.recipes.describe import allowed, choices, default, either, extra
+from modelzip.recipes.describe import allowed, choices, default, either, extra, shape
 from modelzip.recipes.schema import Calibration, Evaluation, Recipe, Stage
 
 from .failures import guarded
@@ -90,8 +90,8 @@ def field_option(
         negative = extra(field, "negative")
         off = f"--{negative}" if negative else f"--no-{flag.removeprefix('--')}"
         return Option(name, (f"{flag}/{off}",), told, kind="switch", path=path, panel=panel)
-    many = str(field.annotation).startswith("tuple")
-    metavar = "TEXT" if many else "WORD" if long else _metavar(field, words)
+    many = shape(field) == "list" and not words
+    metavar = "WORD" if long else _metavar(field, words)
     flags = ("-o", flag) if flag == "--output" else (flag,)
     return Option(
         name, flags[::-1], told, kind="list" if many else "text", path=path, metavar=metavar, words=words, panel=panel
@@ -99,6 +99,9 @@ def field_option(
 
 
 def _metavar(field: FieldInfo, words: tuple[str, ...]) -> str:
+    if shape(field) != "one":
+        listed = "TEXT" if allowed(field) == "a list of texts" else "LIST"
+        return "KEY=VALUE" if shape(field) == "mapping" else "|".join([listed, *words])
     told = allowed(field)
     if words and told == either(words):
         return "|".join(words)
@@ -131,6 +134,13 @@ def settings_options(cls: type[Stage]) -> list[Option]:
     for key, settings in first_owner.items():
         owners = [name for name, one in cls.methods.items() if key in one.model_fields]
         note = "" if len(owners) == len(names) else f"Only for {either(owners)}."
+        others = [
+            name for name in owners if shape(cls.methods[name].model_fields[key]) != shape(settings.model_fields[key])
+        ]
+        if others:
+            first = [name for name in owners if name not in others]
+            meant = cls.methods[others[0]].model_fields[key].description
+            note = f"Only for {either(first)}. For {either(others)}: {meant}"
         if key != "method":
             options.append(field_option(settings, key, (STAGE, key), panel="Method", note=note))
     ignore = "Leave modules alone that fit: a glob such as *.down_proj, or re: and an expression. May be repeated."

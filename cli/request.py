@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.fields import FieldInfo
 
 from modelzip.checkpoints.errors import ProblemsError, RecipeError
 from modelzip.evaluation.gates import parse_gates, require_measured
+from modelzip.recipes.describe import choices, shape
 from modelzip.recipes.files import read_recipe_file
 from modelzip.recipes.load import NOT_RENAMED, parse_recipe
-from modelzip.recipes.schema import STAGES, Recipe
+from modelzip.recipes.schema import STAGES, Recipe, Stage
 
 from .model import own_recipe
 from .options import STAGE, Option
@@ -37,10 +39,12 @@ def recipe_from(options: Sequence[Option], values: Mapping[str, Any], kind: str 
     given += [_assignment(one) for one in values.get("set") or ()]
     stage = () if kind is None else _stage_path(data, kind, origin)
     renamed: dict[str, str] = {}
+    ours = {path[1]: (value, said) for path, value, said in given if path[0] == STAGE}
     for path, value, said in given:
-        whole: Path_ = (*stage, *path[1:]) if path[0] == STAGE else path
-        if _put(data, whole, value):
-            renamed[_dotted(whole)] = said
+        if path[0] != STAGE and _put(data, path, value):
+            renamed[_dotted(path)] = said
+    if kind is not None and ours:
+        renamed |= _put_settings(data, stage, ours, STAGES[kind])
     return checked(data, origin, renamed=renamed)
 
 
@@ -103,6 +107,47 @@ def _stage_path(data: dict[str, Any], kind: str, origin: str) -> Path_:
             f"use `modelzip run {origin}`"
         )
     return ("stages", found[0] if found else 0, kind)
+
+
+def _put_settings(data: Any, stage: Path_, given: Mapping[str, tuple[Any, str]], cls: type[Stage]) -> dict[str, str]:
+    """Lay options over the settings of a stage; the paths at which they stand now, with the options' names."""
+    *_, number, place = stage
+    stages = data["stages"]
+    parent = stages[number] if isinstance(stages, list) and isinstance(number, int) and number < len(stages) else None
+    if not isinstance(parent, dict) or not isinstance(parent.get(place) or {}, dict):
+        return {}
+    flat = parent.get(place) or {}
+    name = given["method"][0] if "method" in given else flat.get("method", cls.default_method)
+    method = cls.methods.get(name) if isinstance(name, str) else None
+    fields = {} if method is None else method.model_fields
+    values = {key: typed(fields[key], value) if key in fields else value for key, (value, _) in given.items()}
+    parent[place] = {**flat, **values} if method is None else method.overlaid(flat, values)
+    return {_dotted((*stage, key)): said for key, (_, said) in given.items()}
+
+
+def typed(field: FieldInfo, value: Any) -> Any:
+    """What was typed for a setting as a recipe would have it: lists as `0,2,4` or one by one, mappings as `a=1,b=2`."""
+    form = shape(field)
+    pieces = [value] if isinstance(value, str) else value
+    if not isinstance(pieces, list) or not all(isinstance(one, str) for one in pieces):
+        return value
+    if form == "list":
+        words = choices(field)
+        split = [part.strip() for one in pieces for part in one.strip("[]() ").split(",") if part.strip()]
+        return split[0] if len(split) == 1 and split[0] in words else split
+    if form == "mapping" and len(pieces) == 1:
+        return _mapping(pieces[0])
+    return pieces[0] if len(pieces) == 1 else value
+
+
+def _mapping(text: str) -> Any:
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        if all(equals for _, equals, _ in pairs):
+            return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _put(data: Any, path: Path_, value: Any) -> bool:

@@ -85,8 +85,8 @@ def _other_recipe(run: Run, folder: Path, recipe: Any) -> OutputError:
     changes = _differences(recipe, recipe_data(run.context.recipe)) if isinstance(recipe, dict) else iter(())
     told = next((f" ({change})" for change in changes), "")
     return OutputError(
-        f"The interrupted run for {run.output}, which has left {folder}, was of another recipe, model or version{told}; "
-        "give --overwrite to start again, or name another output."
+        f"The interrupted run for {run.output}, which has left {folder}, was of another recipe, model or version{told};"
+        " give --overwrite to start again, or name another output."
     )
 
 

@@ -113,7 +113,7 @@ def _note(cls: type[BaseModel], error: ErrorDetails, path: str, *, found: Found,
     where = inside(path, name)
     if error["type"] == "missing":
         found.add(where, f"is missing; it must be {allowed(field_info)}")
-    elif rest and isinstance(rest[0], int):
+    elif rest and isinstance(rest[0], int) and error["type"] == "string_type":
         found.add(inside(where, rest[0]), f"{shown(error['input'])} is not allowed; it must be text")
     else:
         value = data[str(name)]

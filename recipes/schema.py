@@ -117,7 +117,7 @@ class Stage(BaseModel):
     keep_as: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder in which this stage's result stays, as a checkpoint; without one only the last stage's does.",
+        description="Folder in which this stage's result stays; without one only the last stage's does.",
     )
 
 
