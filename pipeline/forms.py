@@ -23,8 +23,8 @@ Settings = TypeVar("Settings", bound=MethodSettings)
 
 
 def fitted(settings: Settings, columns: int) -> tuple[Settings, str]:
-    """The settings with a group size that divides the columns, and what was changed; those without one stay."""
-    size = getattr(settings, "group_size", None)
+    """The settings with a group size that divides the columns, and what was changed; those that make no groups stay."""
+    size = None if getattr(settings, "bits", None) is None else getattr(settings, "group_size", None)
     if not isinstance(size, int) or columns % size == 0:
         return settings, ""
     fitting = [
