@@ -10,27 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors.torch import load_file, save
+from torch import Tensor
 from transformers import TrainerCallback
 
 from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CheckpointError, RecipeError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
+from modelzip.checkpoints.shards import write_file
 from modelzip.checkpoints.target import workspace_of
 from modelzip.checkpoints.writer import CheckpointWriter
+from modelzip.compressors.distill.settings_students import Sequence
 from modelzip.recipes.match import matches
 
 from . import ranks
 from .calibrate import tokenizer_of
 from .context import Context
 from .identity import PROVENANCE, header_hash
+from .teachertext import teacher_texts
 from .text import Windows
-from .train.data import Data, masking_of, material_of
+from .train.data import Data, masking_of, material_of, prompts_of, written_material
 from .train.lesson import Lesson
 from .train.material import Material, Padding, padding_of
 from .train.plan import TrainingPlan, plan_training
@@ -42,6 +48,10 @@ __all__ = ["TrainingPlan", "plan_training", "run_training", "training_fingerprin
 
 PART: Final = "student"
 """The writer's part that holds the trained weights."""
+
+
+TEXTS: Final = "texts.safetensors"
+"""The file in the workspace that holds what the teacher wrote."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ def run_training(
     resume: bool,
     context: Context,
     windows: Windows | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
+    callbacks: Iterable[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train what the plan names and publish it at `target`; returns the record, with the loss curve.
 
@@ -141,12 +151,13 @@ def _writing(
 
 
 def _learned(
-    plan: TrainingPlan, student: Student, *, target: Path, context: Context, callbacks: Sequence[TrainerCallback]
+    plan: TrainingPlan, student: Student, *, target: Path, context: Context, callbacks: Iterable[TrainerCallback]
 ) -> tuple[Learned, dict[str, Any]]:
     """Train, and say how it went."""
     settings, seed = plan.settings, context.recipe.seed
     lesson = _lesson(plan, student, seed=seed)
-    lessons = _tokens(plan, student, lesson, seed=seed)
+    work = workspace_of(target)
+    lessons = _tokens(plan, student, lesson, work=work, context=context)
     steps = _steps(plan, len(lessons.material))
     epoch = max(1, math.ceil(len(lessons.material) / _batch(plan)))
     beat = Beat(
@@ -156,7 +167,6 @@ def _learned(
         patience=settings.early_stopping,
         keep=settings.kept,
     )
-    work = workspace_of(target)
     resume_from = ranks.told(last_checkpoint(work) if ranks.is_main() else None)
     learned = train(
         lesson,
@@ -218,7 +228,8 @@ def _lesson(plan: TrainingPlan, student: Student, *, seed: int) -> Lesson:
     return Lesson(model, plan.objective, teacher=teacher, seed=seed)
 
 
-def _tokens(plan: TrainingPlan, student: Student, lesson: Lesson, *, seed: int) -> _Lessons:
+def _tokens(plan: TrainingPlan, student: Student, lesson: Lesson, *, work: Path, context: Context) -> _Lessons:
+    seed = context.recipe.seed
     tokenizer = tokenizer_of(student.origin)
     predicts = plan.objective.predicts
     padding = padding_of(tokenizer, lesson.config) or Padding(0, 0, "right")
@@ -228,6 +239,11 @@ def _tokens(plan: TrainingPlan, student: Student, lesson: Lesson, *, seed: int) 
     for data in (plan.data, plan.validation):
         if data is None:
             made.append(None)
+            continue
+        if data.written:
+            assert isinstance(plan.settings, Sequence)
+            texts = _written(plan, plan.settings, tokenizer, work=work, context=context)
+            made.append(written_material(texts, plan.settings, padding))
             continue
         material, note = material_of(
             data,
@@ -242,6 +258,31 @@ def _tokens(plan: TrainingPlan, student: Student, lesson: Lesson, *, seed: int) 
     first, second = made
     assert first is not None
     return _Lessons(first, second, tuple(notes))
+
+
+def _written(plan: TrainingPlan, settings: Sequence, tokenizer: Any, *, work: Path, context: Context) -> Tensor:
+    """The teacher's texts, int64 [texts, length]: written once, by one process, and found again by a resumed run."""
+    teacher, file = plan.teacher, work / TEXTS
+    assert teacher is not None
+    if ranks.is_main() and not file.exists():
+        prompts = prompts_of(plan.data, tokenizer, length=settings.prompt_length) if settings.prompt_length else None
+        progress = context.progress
+        texts = teacher_texts(
+            teacher.folder,
+            prompts,
+            count=settings.texts,
+            length=settings.text_length,
+            temperature=settings.sampling_temperature,
+            seed=context.recipe.seed,
+            device=context.device,
+            report=lambda done, total: progress.step("write text", done, total, "the teacher's"),
+        )
+        work.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".partial")
+        write_file(draft, save({"texts": texts}))
+        os.replace(draft, file)
+    ranks.wait()
+    return load_file(file)["texts"]
 
 
 def _write(writer: CheckpointWriter, student: Student, learned: Learned, record: dict[str, Any]) -> None:

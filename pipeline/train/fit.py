@@ -9,7 +9,7 @@ from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits
-from modelzip.compressors.distill.settings_students import BiLstm, FastBert
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Sequence
 from modelzip.compressors.distill.signals import SIGNALS, layer_map
 
 from ..calibrate import is_causal, longest, tokenizer_of
@@ -132,6 +132,8 @@ def _predicts(model: Any) -> Predicts | None:
 def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: Problems) -> None:
     """One tokenizer for both models, with what the task needs, and texts no longer than the model takes."""
     model = skeleton(shell(student))
+    if isinstance(settings, Sequence) and settings.text_length > (limit := longest(model)):
+        problems.add(f"text_length is {settings.text_length}, but the model takes at most {limit} tokens.")
     if settings.max_length is not None and settings.max_length > (limit := longest(model)):
         problems.add(f"max_length is {settings.max_length}, but the model takes at most {limit} tokens.")
     tokenizer = problems.tried(lambda: tokenizer_of(student.origin))

@@ -154,7 +154,9 @@ def _items(
         counted = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
         return logits[:, None], None if labels is None else labels[:, None], counted
     if predicts == "next-token":
-        targets = next_labels(tokens if kept is None else torch.where(kept, tokens, IGNORED))
+        if labels is None:
+            labels = tokens if kept is None else torch.where(kept, tokens, IGNORED)
+        targets = next_labels(labels)
         return logits, targets, targets != IGNORED
     if labels is None:
         return logits, None, torch.ones_like(tokens, dtype=torch.bool)

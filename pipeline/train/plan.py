@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
 from modelzip.weights.exits import ExitsConfig
 
-from ..calibrate import longest, tokenizer_of
+from ..calibrate import is_causal, longest, tokenizer_of
 from ..room import BASE_BYTES
 from .data import Data, is_running_text, read_data, running_text
 from .fit import Problems, check_tokens, objective_of, shell
@@ -112,7 +112,8 @@ def plan_training(
     assert objective is not None
     assert data is not None
     result = student.checkpoint()
-    length = settings.max_length or _length(student, teacher)
+    length = settings.text_length if isinstance(settings, Sequence) else settings.max_length
+    length = length or _length(student, teacher)
     return TrainingPlan(
         kind=stage.kind,
         source=source.source,
@@ -144,7 +145,7 @@ def _check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
     settings = stage.settings
     if stage.rules:
         problems.add("a model is trained as a whole, so rules can't change settings for some modules: leave them out.")
-    if settings.data is None:
+    if settings.data is None and not isinstance(settings, Sequence):
         problems.add("no data is named: give data, a file with labelled texts or plain text, or a hub dataset.")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         problems.add("tensorboard needs the package of that name: install it, or leave tensorboard out.")
@@ -188,6 +189,8 @@ def _is_smaller(settings: DistillSettings) -> bool:
 def _data(
     settings: DistillSettings, origin: Checkpoint | None, teacher: Checkpoint | None, problems: Problems
 ) -> tuple[Data | None, Data | None]:
+    if isinstance(settings, Sequence):
+        return _written(settings, teacher, problems), _running(settings, problems)
     if settings.data is None or origin is None:
         return None, None
     judge = teacher if teacher is not None else origin
@@ -217,6 +220,27 @@ def _data(
     if second is not None and settings.kept == "accuracy" and not second.is_labelled:
         problems.add(f"keep: accuracy needs labels, which {second.source} hasn't got; take keep: loss.")
     return first, second
+
+
+def _written(settings: Sequence, teacher: Checkpoint | None, problems: Problems) -> Data | None:
+    """The texts that the teacher will write, and where their beginnings come from."""
+    if teacher is None:
+        return None
+    model = problems.tried(lambda: skeleton(teacher))
+    if model is not None and not is_causal(model):
+        problems.add(f"the teacher {teacher.source} is a {type(model).__name__}, which can't write text.")
+    if model is not None and settings.text_length > (limit := longest(model)):
+        problems.add(f"text_length is {settings.text_length}, but the teacher takes at most {limit} tokens.")
+    if settings.data is None or not settings.prompt_length:
+        return Data(f"written by {teacher.source}", "", "", None, written=settings.texts)
+    source, split = settings.data, settings.data_split
+    prompts = problems.tried(lambda: running_text(settings, source, split))
+    return None if prompts is None else replace(prompts, written=settings.texts)
+
+
+def _running(settings: Sequence, problems: Problems) -> Data | None:
+    source, split = settings.validation, settings.validation_split
+    return None if source is None else problems.tried(lambda: running_text(settings, source, split))
 
 
 def _own_student(settings: BiLstm | FastBert, origin: Checkpoint, data: Data, problems: Problems) -> Student | None:
@@ -301,6 +325,6 @@ def _notes(settings: DistillSettings, student: Student, teacher: Checkpoint | No
     if student.has_new_head:
         count = len(student.config["id2label"])
         notes.append(f"{student.origin.source} gets a new classifier of {count} outputs, with random weights")
-    if teacher is not None and data.count is not None and not data.is_labelled:
+    if teacher is not None and data.examples is not None and not data.is_labelled:
         notes.append(f"{data.source} has no labels: only the teacher is learned from")
     return notes
