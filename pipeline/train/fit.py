@@ -13,6 +13,7 @@ from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Seq
 from modelzip.compressors.distill.signals import SIGNALS, layer_map
 
 from ..calibrate import is_causal, longest, tokenizer_of
+from .data import Data
 from .lesson import Objective, Predicts
 from .material import padding_of
 from .student import Student, class_names, is_classifier
@@ -167,3 +168,24 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
             f"{theirs.get(token, 'missing')} for the teacher and {mine.get(token, 'missing')} for the student; name a "
             "teacher with the student's tokenizer."
         )
+
+
+def check_extras(
+    settings: DistillSettings, objective: Objective, data: Data, validation: Data | None, problems: Problems
+) -> None:
+    """What a cache and a baseline need."""
+    if isinstance(settings, Logits) and settings.cache is not None:
+        if objective.predicts == "masked-token":
+            problems.add("cache: every epoch hides other tokens, of which the teacher says other things: leave it out.")
+        if objective.predicts == "number":
+            problems.add(
+                "cache: it keeps the probabilities of classes, and this model predicts a number: leave it out."
+            )
+    if isinstance(settings, Logits | BiLstm) and settings.baseline:
+        unlabelled = [one for one in (data, validation) if one is not None and one.examples and not one.is_labelled]
+        if validation is None:
+            problems.add("baseline: accuracies are compared on validation: give that as well.")
+        if unlabelled:
+            problems.add(f"baseline: {unlabelled[0].source} has no labels, which it learns from: leave it out.")
+        if objective.predicts == "number":
+            problems.add("baseline: accuracies are compared, and this model predicts a number: leave it out.")
