@@ -19,6 +19,7 @@ from .engines import run_stage
 from .identity import provenance_of, read_provenance
 from .measure import evaluation_section
 from .text import Windows
+from .tokens import same_tokens, windows_for
 from .train.plan import TrainingPlan
 
 
@@ -54,11 +55,14 @@ def run_chain(
         if earlier is not None:
             records = earlier["stages"][-1]["records"]
         elif ranks.is_main() or isinstance(plan, TrainingPlan):
+            windows = calibration if plan.needs_data else None
+            if windows is not None:
+                windows = windows_for(source, windows, original=run.checkpoint, context=run.context)
             records = run_stage(
                 plan,
                 source,
                 target=target,
-                windows=calibration if plan.needs_data else None,
+                windows=windows,
                 describe=_describer(run, done),
                 overwrite=overwrite or target in run.passing,
                 resume=resume,
@@ -101,7 +105,7 @@ def measured(run: Run, result: Checkpoint, kept: Windows | None) -> dict[str, An
         found = classification_section(
             result, run.checkpoint, recipe.evaluate, dtype=recipe.dtype, device=device, progress=progress
         )
-    elif kept is not None and not run.by_labels:
+    elif kept is not None and not run.by_labels and same_tokens(result, run.checkpoint):
         found = evaluation_section(result, run.checkpoint, kept, dtype=recipe.dtype, device=device, progress=progress)
     run.context.clock.add("evaluate", begin)
     return found

@@ -30,8 +30,7 @@ def decode_of(checkpoint: Checkpoint) -> Decode | None:
         ) from None
 
     def dense(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        weight = compressed(name, tensors)
-        return weight.dense(weight.dtype)
+        return compressed(name, tensors).dense(torch.float32)
 
     return dense
 

@@ -22,7 +22,16 @@ from modelzip.recipes.schema import Evaluation, Recipe
 from . import ranks
 from .calibrate import calibration_windows, evaluation_windows
 from .chain import StageDone, finished_chain, measured, memory_file, run_chain
-from .checks import check_comparable, check_kernels, check_measures, check_predicts, check_room, report_of
+from .checks import (
+    check_comparable,
+    check_comparison,
+    check_kernels,
+    check_measures,
+    check_predicts,
+    check_room,
+    incomparable,
+    report_of,
+)
 from .classify import by_labels, check_evaluation, classification_section, is_classifier
 from .clock import Clock
 from .context import Context, Run
@@ -79,6 +88,7 @@ def run_recipe(
     model = open_running(checkpoint, recipe.dtype, device).model
     check_measures(gates, plans[-1].result, labelled=run.by_labels, latency=recipe.evaluate.latency)
     check_predicts(gates, model, checkpoint)
+    check_comparison(gates, run)
     if not ranks.is_main():
         run_chain(run, None, None, overwrite=overwrite, resume=resume)
         return Result(output, None)
@@ -150,7 +160,7 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
     verification, unverified = reopen(result, seed=run.context.recipe.seed, device=run.context.device)
     run.context.clock.add("reopen", begin)
     evaluation = measured(run, result, kept)
-    modules, fallbacks = [], list(unverified)
+    modules, fallbacks = [], [*unverified, *filter(None, [incomparable(run)])]
     for number, (plan, stage) in enumerate(zip(run.plans, done, strict=True), 1):
         rows, sentences = module_rows(number, plan, stage.records)
         modules += rows

@@ -130,7 +130,8 @@ def _packed(result: Checkpoint) -> list[tuple[int, int]]:
     if config is None:
         return []
     if config.get("quant_method") == MODELZIP:
-        weights = [empty(meta) for meta in config["modules"].values() if meta["kind"] != "dense"]
+        stored = {name: meta for name, meta in config["modules"].items() if not _is_shared(name, config)}
+        weights = [empty(meta) for meta in stored.values() if meta["kind"] != "dense"]
         return [(weight.nbytes, math.prod(weight.shape)) for weight in weights]
     sizes: dict[str, int] = {}
     for name, info in result.tensors.items():
@@ -139,3 +140,8 @@ def _packed(result: Checkpoint) -> list[tuple[int, int]]:
             sizes[stem] = sizes.get(stem, 0) + info.nbytes
     shapes = result.read(f"{stem}.weight_shape" for stem in sizes)
     return [(size, int(shapes[f"{stem}.weight_shape"].prod())) for stem, size in sizes.items()]
+
+
+def _is_shared(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether a module's matrix is stored with another one."""
+    return any(name.startswith(f"{module}.weight") for name in config.get("shared", {}))

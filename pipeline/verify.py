@@ -78,9 +78,12 @@ def _reopen(folder: str, inputs: str, out: str) -> None:
 
 
 def _to_float(model: Any) -> None:
-    """Everything in fp32 but scales of packed weights, whose dtype is part of the weights' values."""
+    """Everything in fp32 but what makes up compressed weights: the dtype of scales is part of the weights' values."""
     for module in model.modules():
-        if hasattr(module, "weight_packed"):
+        is_ours = hasattr(module, "compute_dtype")
+        if is_ours:
+            module.compute_dtype = torch.float32
+        if is_ours or hasattr(module, "weight_packed"):
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.float()

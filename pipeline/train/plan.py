@@ -128,7 +128,7 @@ def plan_training(
         bytes_after=result.nbytes,
         memory_bytes=_memory(settings, student, result, teacher, length=length),
         disk_bytes=result.nbytes + 2 * 12 * parameters_of(result),
-        notes=tuple(_notes(settings, student, teacher, data)),
+        notes=(*_own_teacher(settings, recipe), *_notes(settings, student, teacher, data)),
         result=result,
     )
 
@@ -243,6 +243,14 @@ def _memory(
     if not is_classifier(student.config):
         activations += 12 * tokens * config.vocab_size * (1 if teacher is None else 2)
     return int(BASE_BYTES + 16 * parameters_of(result) + 4 * (parameters_of(teacher) if teacher else 0) + activations)
+
+
+def _own_teacher(settings: DistillSettings, recipe: Recipe) -> list[str]:
+    """What is said of a student that starts as the very model it learns from."""
+    is_first = settings is recipe.stages[0].settings
+    if not isinstance(settings, Logits) or settings.teacher or _is_new(settings) or not is_first:
+        return []
+    return ["the student starts as its own teacher: name layers, student_config or another teacher"]
 
 
 def _notes(settings: DistillSettings, student: Student, teacher: Checkpoint | None, data: Data) -> list[str]:
