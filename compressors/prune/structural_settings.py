@@ -163,14 +163,16 @@ class Layers(StructuralSettings):
 class Vocabulary(StructuralSettings):
     """Tokens that a corpus doesn't use."""
 
-    whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "corpus", "field", "min_count", "keep"})
+    whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "corpus", "corpus_field", "min_count", "keep"})
     summary: ClassVar[str] = "Take tokens that a corpus doesn't use out of the embedding and the tokenizer."
     citation: ClassVar[str] = 'Abdaoui et al. 2020, "Load What You Need: Smaller Versions of Multilingual BERT"'
     example: ClassVar[str] = "- prune: {method: vocabulary, corpus: data/train.txt, min_count: 2}"
 
     method: Literal["vocabulary"] = Field(default="vocabulary", description="Name of the method.")
     corpus: str = Field(min_length=1, description="Text that shows what is used: .txt, .jsonl, .parquet, .csv or .tsv.")
-    field: str = Field(default="text", min_length=1, description="Field or column of the corpus that holds the text.")
+    corpus_field: str = Field(
+        default="text", min_length=1, description="Field or column of the corpus that holds the text."
+    )
     min_count: int = Field(default=1, ge=1, description="A token stays if the corpus has it so often.")
     keep: int | None = Field(
         default=None, ge=1, description="Most tokens that stay, the most frequent ones; special ones are always kept."
