@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?P<language>\w*) *(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 VERBS = (*STAGES, "run", "evaluate", "export", "methods", "recipe check", "recipe show", "recipe schema")
-NOT_OURS = {"--strict"}  # options of other programs that the pages name
+NOT_OURS = {"--strict", "--cpu"}  # options of other programs that the pages name
 
 
 @dataclass(frozen=True)
