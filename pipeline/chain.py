@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from modelzip.checkpoints.index import Checkpoint
@@ -16,9 +15,11 @@ from . import ranks
 from .classify import by_labels, classification_section
 from .context import Run
 from .engines import run_stage
+from .folders import memory_file
 from .identity import provenance_of, read_provenance
 from .measure import evaluation_section
 from .text import Windows
+from .tokens import same_tokens, windows_for
 from .train.plan import TrainingPlan
 
 
@@ -54,11 +55,14 @@ def run_chain(
         if earlier is not None:
             records = earlier["stages"][-1]["records"]
         elif ranks.is_main() or isinstance(plan, TrainingPlan):
+            windows = calibration if plan.needs_data else None
+            if windows is not None:
+                windows = windows_for(source, windows, original=run.checkpoint, context=run.context)
             records = run_stage(
                 plan,
                 source,
                 target=target,
-                windows=calibration if plan.needs_data else None,
+                windows=windows,
                 describe=_describer(run, done),
                 overwrite=overwrite or target in run.passing,
                 resume=resume,
@@ -72,12 +76,20 @@ def run_chain(
     return done
 
 
-def finished_chain(run: Run, provenance: dict[str, Any]) -> list[StageDone]:
-    """What the stages of a finished run recorded; sizes of those whose outputs are gone are the planned ones."""
-    return [
-        StageDone(one["kind"], one["method"], one["records"], plan.bytes_after, None, _remembered(run, number))
-        for number, (one, plan) in enumerate(zip(provenance["stages"], run.plans, strict=True))
-    ]
+def finished_chain(run: Run, provenance: dict[str, Any], kept: Windows | None) -> list[StageDone]:
+    """What the stages of a finished run recorded, and what is still to be measured of them.
+
+    Sizes of those whose outputs are gone are the planned ones.
+    """
+    done = []
+    for number, (one, plan, target) in enumerate(zip(provenance["stages"], run.plans, run.targets, strict=True)):
+        result = None
+        if target != run.output and read_provenance(target, run.context.fingerprint) is not None:
+            result = Checkpoint.open(str(target))
+        found = _remembered(run, number) if result is None else _measured_once(run, number, result, kept)
+        size = plan.bytes_after if result is None else result.nbytes
+        done.append(StageDone(one["kind"], one["method"], one["records"], size, None, found))
+    return done
 
 
 def _describer(run: Run, done: list[StageDone]) -> Callable[[dict[str, Any]], bytes]:
@@ -101,7 +113,7 @@ def measured(run: Run, result: Checkpoint, kept: Windows | None) -> dict[str, An
         found = classification_section(
             result, run.checkpoint, recipe.evaluate, dtype=recipe.dtype, device=device, progress=progress
         )
-    elif kept is not None and not run.by_labels:
+    elif kept is not None and not run.by_labels and same_tokens(result, run.checkpoint):
         found = evaluation_section(result, run.checkpoint, kept, dtype=recipe.dtype, device=device, progress=progress)
     run.context.clock.add("evaluate", begin)
     return found
@@ -137,9 +149,3 @@ def _remember(run: Run, number: int, found: dict[str, Any]) -> None:
 
 def _protocol(run: Run) -> dict[str, Any]:
     return run.context.recipe.evaluate.model_dump(mode="json")
-
-
-def memory_file(run: Run) -> Path:
-    """The hidden file beside the output that keeps what was measured of earlier stages, until the run is done."""
-    whole = Path(os.path.abspath(run.output))
-    return whole.with_name(f".{whole.name}.measured.json")

@@ -13,21 +13,25 @@ from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.rewrite import expected, write
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.compressors.prune.structural_settings import Heads, Layers, Neurons, StructuralSettings, Vocabulary
+from modelzip.compressors.factorize.settings import Embedding, Share
+from modelzip.compressors.prune.structural_settings import Heads, Layers, Neurons, Vocabulary
 from modelzip.recipes.schema import Recipe, Stage
 
 from .context import Context
 from .identity import PROVENANCE
 from .layer_pruning import LAYERS
+from .narrowing import EMBEDDING
 from .room import BASE_BYTES
-from .smaller import StructuralMethod
+from .sharing import SHARE
+from .smaller import StructuralMethod, WholeSettings
 from .text import Windows
 from .unit_pruning import UNITS
 from .vocabulary import VOCABULARY
 
-METHODS: Final[Mapping[type[StructuralSettings], StructuralMethod]] = MappingProxyType(
-    {Heads: UNITS, Neurons: UNITS, Layers: LAYERS, Vocabulary: VOCABULARY}
+METHODS: Final[Mapping[type[Any], StructuralMethod]] = MappingProxyType(
+    {Heads: UNITS, Neurons: UNITS, Layers: LAYERS, Vocabulary: VOCABULARY, Share: SHARE, Embedding: EMBEDDING}
 )
+DONE: Final = {"prune": "pruned", "factorize": "factorized"}
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,13 @@ class StructuralPlan:
     """One structural stage, checked. Sizes in bytes; memory and disk are what the run will need.
 
     choice: what stays, as far as headers tell it. result: the checkpoint that will come out, to plan later stages on:
-    its tensors can't be read. A later stage's disk holds what the one before it wrote, too.
+    its tensors can't be read. A later stage's disk holds what those before it wrote, too.
     """
 
     source: str
     output: Path
     kind: str
-    settings: StructuralSettings
+    settings: WholeSettings
     choice: Any
     result: Checkpoint
     bytes_before: int
@@ -76,12 +80,12 @@ def plan_structural(
     output: Path,
     where: str,
     problems: list[str],
-    later: bool = False,
+    disk_before: int = 0,
 ) -> StructuralPlan | None:
     """The plan of a stage on `checkpoint`, of which only config and headers are read; it may be another plan's result.
 
-    Mistakes are added to `problems`, each with `where` before it; None if there are any. later: whether an earlier
-    stage's output is on disk, too.
+    Mistakes are added to `problems`, each with `where` before it; None if there are any. disk_before: bytes of
+    earlier stages' outputs.
     """
     settings = stage.settings
     found = [f"{where}: {sentence}" for sentence in _refused(stage)]
@@ -92,7 +96,7 @@ def plan_structural(
     except ProblemsError as error:
         found += [f"{where}: {sentence.rstrip('.')}." for sentence in error.sentences]
     except CheckpointError as error:
-        found.append(f"{where}: {checkpoint.source} can't be pruned: {str(error).rstrip('.')}.")
+        found.append(f"{where}: {checkpoint.source} can't be {DONE[stage.kind]}: {str(error).rstrip('.')}.")
     if found:
         problems += found
         return None
@@ -112,7 +116,7 @@ def plan_structural(
         bytes_before=before,
         bytes_after=after,
         memory_bytes=BASE_BYTES + method.memory(settings, checkpoint, recipe),
-        disk_bytes=after + (before if later else 0),
+        disk_bytes=after + disk_before,
         needs_data=settings.needs_data,
         notes=method.notes(settings, rewrite),
     )
@@ -157,8 +161,11 @@ def run_structural(
             choice = method.choose(plan.settings, source, windows, context)
         begin = context.clock.add("score", begin)
         rewrite = method.build(plan.settings, source, choice)
+        if method.fill is not None:
+            method.fill(plan.settings, source, rewrite, writer, windows, context)
         write(rewrite, source, writer)
-        records = dict(rewrite.records)
+        fitted = {name: record for part in writer.done.values() for name, record in part["modules"].items()}
+        records = {**rewrite.records, **fitted}
         files = {**rewrite.files, PROVENANCE: describe(records)}
         writer.finish(config=rewrite.config, files=files, left_out=rewrite.left_out)
         context.clock.add("write", begin)

@@ -19,6 +19,13 @@ def allowed(field: FieldInfo) -> str:
     return own if own else either(_parts(field.annotation, field.metadata))
 
 
+def member(field: FieldInfo) -> str:
+    """The values that a member of a list takes, as a part of a sentence."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    lists = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
+    return either(_parts(lists[0], ())) if lists else "text"
+
+
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """The words that a field takes, for completion and for the nearest word to a wrong one."""
     return tuple(_words(field.annotation))
@@ -99,3 +106,11 @@ def _words(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(value) for value in get_args(annotation)]
     return [word for one in get_args(annotation) for word in _words(one)]
+
+
+def shape(field: FieldInfo) -> Literal["one", "list", "mapping"]:
+    """Whether a field takes a single value, a list (perhaps beside words), or a mapping."""
+    origins = {get_origin(one) for one in (field.annotation, *get_args(field.annotation))}
+    if tuple in origins:
+        return "list"
+    return "mapping" if any(isinstance(one, type) and issubclass(one, Mapping) for one in origins) else "one"

@@ -46,7 +46,7 @@ def _settings(cls: type[Stage], name: str, method: type[MethodSettings]) -> dict
             items = rule if key == "rules" else {"type": "string"}
             schema["properties"][key] = {"type": "array", "description": field.description, "items": items}
     schema["description"] = f"{method.summary} {method.citation}"
-    schema["required"] = [] if name == cls.default_method else ["method"]
+    schema["required"] = [*([] if name == cls.default_method else ["method"]), *schema.get("required", ())]
     return schema
 
 

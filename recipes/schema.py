@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from modelzip.compressors import (
     DISTILL,
@@ -26,6 +26,9 @@ from modelzip.compressors.settings import MethodSettings
 
 SOURCE: Final = "self, a .txt, .jsonl or .parquet file, or a hub dataset as NAME or NAME:CONFIG"
 DEVICE: Final = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
+
+
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 
 class Calibration(BaseModel):
@@ -83,10 +86,25 @@ class Evaluation(BaseModel):
     latency: bool = Field(
         default=False, description="Time both classifiers in turns too, one text at a time and in batches."
     )
+    exit_threshold: tuple[Share, ...] = Field(
+        default=(),
+        description="Thresholds at which a model with exits is measured, such as 0.1,0.5: the uncertainty, 0 to 1, "
+        "below which a text leaves.",
+        json_schema_extra={"allowed": "a list of numbers from 0 to 1"},
+    )
     each_stage: bool = Field(default=True, description="Also measure what the stages before the last one leave.")
     fail_if: tuple[str, ...] = Field(
         default=(), description='Conditions under which the run fails with exit code 3, such as "kl > 0.3".'
     )
+
+    @field_validator("exit_threshold", mode="before")
+    @classmethod
+    def _apart(cls, value: Any) -> Any:
+        """Options come as texts, in which commas stand between several numbers."""
+        many = [value] if isinstance(value, str | int | float) else value
+        if not isinstance(many, list | tuple):
+            return value
+        return [part for one in many for part in (one.split(",") if isinstance(one, str) else [one])]
 
 
 class Rule(BaseModel):

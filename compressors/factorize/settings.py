@@ -20,6 +20,7 @@ class FactorizeSettings(MethodSettings):
     """What all methods share that replace a matrix by a product of smaller ones: how small these are."""
 
     whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "target_size", "propagate"})
+    alternatives: ClassVar[tuple[str, ...]] = CHOICES
 
     method: str = Field(description="Name of the method.")
     ratio: Portion | None = Field(
@@ -50,13 +51,6 @@ class FactorizeSettings(MethodSettings):
         if not given:
             return {name: value for name, value in data.items() if name != "ratio"}
         return {**data, "ratio": data.get("ratio")}
-
-    @classmethod
-    def overlaid(cls, data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """A rule that says how large the factors are takes the place of what the stage says, in whichever words."""
-        if all(overrides.get(name) is None for name in CHOICES):
-            return {**data, **overrides}
-        return {**{name: value for name, value in data.items() if name not in CHOICES}, **overrides}
 
     @property
     def target_bytes(self) -> int | None:
@@ -187,6 +181,16 @@ class Share(MethodSettings):
     )
 
     @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.start == "least-squares"
+
+    @property
+    def is_given(self) -> bool:
+        """Which layers are shared, the settings alone say."""
+        return True
+
+    @property
     def label(self) -> str:
         """Method, scope and groups, such as share-attention-3."""
         return f"{self.method}-{self.scope}-{self.groups}"
@@ -209,3 +213,13 @@ class Embedding(FactorizeSettings):
         description="What a token's error counts; frequency: as often as it comes in the calibration text, and once "
         "more, even: the same for all.",
     )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.weighting == "frequency"
+
+    @property
+    def is_given(self) -> bool:
+        """The factors depend on the embedding's values."""
+        return False
