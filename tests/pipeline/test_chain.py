@@ -160,7 +160,8 @@ def inputs_of(model: Any, name: str, windows: Tensor) -> Tensor:
 def plain_gptq(weight: Tensor, x: Tensor) -> Any:
     """GPTQ at the settings of the stage, in groups that fit as the plan fits them, for inputs x [tokens, in]."""
     columns = weight.shape[1]
-    factor = inverse_factor(
+    hessian = (x.double().T @ x.double() / len(x)).float()
+    factor = inverse_factor(hessian, damping=0.01, max_damping=1.0, order="activation")
         (x.double().T @ x.double() / len(x)).float(), damping=0.01, max_damping=1.0, order="activation"
     )
     size = 16 if columns % 16 == 0 else columns
@@ -194,6 +195,6 @@ def test_what_is_left_of_the_layers_is_factorized_for_the_smaller_models_inputs(
     found = weights_in(folder)[name]
     assert isinstance(found, LowRank)
     rank = found.left.shape[1]
-    u, s, v = torch.linalg.svd(x @ weight.T, full_matrices=False)
+    s = torch.linalg.svdvals(x @ weight.T)
     least = s[rank:].norm()  # Eckart and Young: no matrix of this rank has outputs that are closer
     assert (x @ (weight - found.dense(torch.float32)).T).norm() <= 1.02 * least
