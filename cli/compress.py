@@ -22,8 +22,7 @@ def verb(kind: str) -> Callable[..., None]:
     options = [MODEL, RECIPE, *settings_options(STAGES[kind]), *run_options()]
     doc = (
         f"{kind.capitalize()} a model. {STAGES[kind].__doc__}\n\n"
-        f"With a recipe, options win over it. Example: modelzip {kind} ./my-model --method "
-        f"{STAGES[kind].default_method}"
+        f"With a recipe, options win over it. Example: modelzip {kind} {STAGES[kind].example}"
     )
     return command(options, lambda values: _compress(recipe_from(options, values, kind), values), doc)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Final
 from pydantic import Field
 
 from modelzip.compressors.distill.settings import DistillSettings, Labels, Logits
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Sequence
 from modelzip.compressors.factorize.settings import Embedding, Kronecker, Share, Svd, SvdLlm, TensorTrain
 from modelzip.compressors.prune.settings import Magnitude, Random, SparseGpt, Wanda
 from modelzip.compressors.prune.structural_settings import Heads, Layers, Neurons, Vocabulary
@@ -46,5 +47,7 @@ FACTORIZE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType(
 )
 FactorizeMethod = Annotated[Svd | SvdLlm | Kronecker | TensorTrain | Share | Embedding, Field(discriminator="method")]
 
-DISTILL: Final[Mapping[str, type[DistillSettings]]] = MappingProxyType({"labels": Labels, "logits": Logits})
-DistillMethod = Annotated[Labels | Logits, Field(discriminator="method")]
+DISTILL: Final[Mapping[str, type[DistillSettings]]] = MappingProxyType(
+    {"labels": Labels, "logits": Logits, "bilstm": BiLstm, "fastbert": FastBert, "sequence": Sequence}
+)
+DistillMethod = Annotated[Labels | Logits | BiLstm | FastBert | Sequence, Field(discriminator="method")]

@@ -27,16 +27,13 @@ def folder_problems(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> lis
     taken = {"the model": checkpoint.folder.resolve(), "the output": _real(output)}
     problems = []
     for number, stage in enumerate(recipe.stages):
-        if stage.keep_as is None:
+        if stage.output is None:
             continue
-        where = f"stages[{number}].{stage.kind}: keep_as"
-        folder = _real(Path(stage.keep_as))
-        if number == len(recipe.stages) - 1:
-            problems.append(f"{where}: the last stage's result is the output, {output}: leave keep_as out.")
-            continue
+        where = f"stages[{number}].{stage.kind}: output"
+        folder = _real(Path(stage.output))
         for other, place in taken.items():
             if folder == place or folder in place.parents or place in folder.parents:
-                problems.append(f"{where}: {stage.keep_as} and {other} ({place}) overlap; name another folder.")
+                problems.append(f"{where}: {stage.output} and {other} ({place}) overlap; name another folder.")
         taken[f"what stages[{number}] is kept as"] = folder
     return problems
 

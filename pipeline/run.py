@@ -34,11 +34,12 @@ from .checks import (
 from .classify import by_labels, check_evaluation, classification_section, is_classifier
 from .clock import Clock
 from .context import Context, Run
+from .early_exits import check_exits
 from .environment import environment, package_version, peak_memory_mb
 from .export import check_exports, export_all
 from .folders import sweep
 from .identity import fingerprint_of, header_hash, read_provenance
-from .measure import evaluation_section, open_streamed, pick_device, reopen
+from .measure import evaluation_section, open_running, pick_device, reopen
 from .plans import Plan, make_plans
 from .progress import Progress
 from .sections import calibration_section, module_rows, plan_summary, size_section, stage_rows
@@ -81,7 +82,7 @@ def run_recipe(
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
     check_exports(recipe, output, context.fingerprint, overwrite=overwrite, resume=resume)
     run = Run(context, checkpoint, plans, output, started)
-    model = open_streamed(checkpoint, recipe.dtype, device).model
+    model = open_running(checkpoint, recipe.dtype, device).model
     check_measures(gates, plans[-1].result, labelled=run.by_labels, latency=recipe.evaluate.latency)
     check_predicts(gates, model, checkpoint)
     check_comparison(gates, run)
@@ -174,7 +175,7 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
             "plan": plan_summary(run.plans),
             "calibration": calibration_section(calibration, run.context.recipe.seed),
             "modules": modules,
-            "stages": stage_rows(done, evaluation),
+            "stages": stage_rows(run.plans, done, evaluation),
             "fallbacks": fallbacks,
             "evaluation": evaluation,
             "size": size_section(run.checkpoint, result),
@@ -206,7 +207,9 @@ def _plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan
         raise
     _check_calibration(recipe)
     if recipe.evaluate.enabled:
-        check_evaluation(recipe.evaluate, classifier=is_classifier(plans[-1].result.config))
+        config = plans[-1].result.config
+        check_evaluation(recipe.evaluate, classifier=is_classifier(config))
+        check_exits(recipe.evaluate, config, labelled=by_labels(recipe.evaluate, config))
     return plans
 
 
@@ -237,6 +240,7 @@ def evaluate_models(
     original = None if against is None else Checkpoint.open(against, revision=revision)
     check_evaluation(evaluation, classifier=is_classifier(checkpoint.config))
     labelled = by_labels(evaluation, checkpoint.config)
+    check_exits(evaluation, checkpoint.config, labelled=labelled)
     check_measures(gates, checkpoint, labelled=labelled, latency=evaluation.latency)
     with torch.no_grad():
         if labelled:
@@ -246,7 +250,7 @@ def evaluate_models(
         else:
             if original is not None:
                 check_comparable(checkpoint, original)
-            network = open_streamed(checkpoint, dtype, where).model
+            network = open_running(checkpoint, dtype, where).model
             check_predicts(gates, network, checkpoint)
             windows = evaluation_windows(evaluation, checkpoint, network)
             section = evaluation_section(checkpoint, original, windows, dtype=dtype, device=where, progress=progress)

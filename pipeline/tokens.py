@@ -78,8 +78,8 @@ def _spelled_again(windows: Windows, before: Any, after: Any) -> Windows:
     filled = min(count, len(encoded) // seq_len)
     if filled == 0:
         raise CalibrationError(
-            f"The text that the model wrote itself is {len(encoded)} tokens in the new vocabulary, less than one "
-            f"window of {seq_len}: give --calibration FILE."
+            f"The text that the model wrote itself is {len(encoded)} tokens in its new vocabulary, less than a window "
+            f"of {seq_len}: give --calibration FILE."
         )
     tokens = torch.tensor(encoded[: filled * seq_len], dtype=torch.int64).view(filled, seq_len)
     return Windows(tokens, f"{windows.source}, tokenized again")

@@ -52,11 +52,11 @@ def plan_tokens(settings: Vocabulary, checkpoint: Checkpoint) -> list[int]:
     counts, characters = count_tokens(tokenizer, texts(Path(settings.corpus), settings.corpus_field))
     named = {index for index in token_ids({**model.config.to_dict(), **checkpoint.config}) if index < rows}
     always = always_kept(data, characters) | named
-    kept = tokens_to_keep(counts, always, min_count=settings.min_count, most=settings.keep)
+    kept = tokens_to_keep(counts, always, min_count=settings.min_count, most=settings.max_tokens)
     every = sorted(with_derivations(data, kept))
     if len(every) >= rows:
         raise ProblemsError(
-            [f"{settings.corpus} uses all {rows} tokens, so none can go: raise min_count or lower keep"]
+            [f"{settings.corpus} uses all {rows} tokens, so none can go: raise min_count or lower max_tokens"]
         )
     return every
 

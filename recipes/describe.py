@@ -19,6 +19,13 @@ def allowed(field: FieldInfo) -> str:
     return own if own else either(_parts(field.annotation, field.metadata))
 
 
+def member(field: FieldInfo) -> str:
+    """The values that a member of a list takes, as a part of a sentence."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    lists = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
+    return either(_parts(lists[0], ())) if lists else "text"
+
+
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """The words that a field takes, for completion and for the nearest word to a wrong one."""
     return tuple(_words(field.annotation))
@@ -32,7 +39,7 @@ def extra(field: FieldInfo, key: str) -> str:
 
 def default(field: FieldInfo) -> str:
     """A field's default as YAML would show it, or '' if it must be given or is nothing."""
-    if field.is_required() or field.default_factory is not None or field.default is None:
+    if field.is_required() or field.default_factory is not None or field.default in (None, ""):
         return ""
     return shown(field.default)
 

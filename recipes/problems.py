@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from modelzip.checkpoints.errors import ProblemsError
 
-from .describe import allowed, choices, shown
+from .describe import allowed, choices, member, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -113,8 +113,8 @@ def _note(cls: type[BaseModel], error: ErrorDetails, path: str, *, found: Found,
     where = inside(path, name)
     if error["type"] == "missing":
         found.add(where, f"is missing; it must be {allowed(field_info)}")
-    elif rest and isinstance(rest[0], int) and error["type"] == "string_type":
-        found.add(inside(where, rest[0]), f"{shown(error['input'])} is not allowed; it must be text")
+    elif rest and isinstance(rest[0], int):
+        found.add(inside(where, rest[0]), f"{shown(error['input'])} is not allowed; it must be {member(field_info)}")
     else:
         value = data[str(name)]
         words = choices(field_info)

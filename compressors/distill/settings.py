@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from modelzip.compressors.settings import Engine, MethodSettings
 
+BASELINE: Final = "Also train the same student on labels alone, and report its accuracy beside."
 DATA: Final = "a .tsv, .csv, .jsonl, .parquet or .txt file, or a hub dataset as NAME or NAME:CONFIG"
 
 
@@ -17,19 +18,20 @@ class DistillSettings(MethodSettings):
 
     engine: ClassVar[Engine] = "training"
     needs_teacher: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
 
     method: str = Field(description="Name of the method.")
     data: str | None = Field(
         default=None,
         min_length=1,
-        description="What is learned from: a table (.tsv, .csv, .jsonl, .parquet) or hub dataset with texts and labels,"
+        description="Training data: a table (.tsv, .csv, .jsonl, .parquet) or hub dataset with texts and labels,"
         " or plain text (.txt) for language modelling.",
         json_schema_extra={"allowed": DATA},
     )
     validation: str | None = Field(
         default=None,
         min_length=1,
-        description="What the model is measured on while it learns; the same kinds of source as for data.",
+        description="Data that the model is measured on while it trains; the same kinds of source as for data.",
         json_schema_extra={"allowed": DATA},
     )
     data_split: str = Field(default="train", min_length=1, description="Split of a hub dataset to learn from.")
@@ -53,7 +55,9 @@ class DistillSettings(MethodSettings):
     gradient_accumulation: int = Field(
         default=1, ge=1, description="Forward passes whose gradients are summed for one step."
     )
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="Share of the steps in which the rate rises from 0.")
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises from 0."
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="How the learning rate falls after the warm-up; constant: it doesn't."
     )
@@ -81,7 +85,7 @@ class DistillSettings(MethodSettings):
     )
     keep: Literal["auto", "last", "loss", "accuracy"] = Field(
         default="auto",
-        description="Which weights are kept: the last, or those measured with the least loss or greatest accuracy; "
+        description="Weights of the result: the last, or those measured with the least loss or greatest accuracy; "
         "auto: least loss with early stopping, else the last.",
     )
     tensorboard: bool = Field(default=False, description="Also write the curves for TensorBoard, beside the output.")
@@ -114,6 +118,7 @@ class Labels(DistillSettings):
 
     summary: ClassVar[str] = "Fine-tune the model on labelled data, or on text, without a teacher."
     citation: ClassVar[str] = 'Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transformers", section 4'
+    needs_labels: ClassVar[bool] = True
     example: ClassVar[str] = "- distill: {method: labels, data: train.tsv, validation: dev.tsv, epochs: 3}"
 
     method: Literal["labels"] = Field(default="labels", description="Name of the method.")
@@ -133,18 +138,21 @@ class Logits(DistillSettings):
 
     method: Literal["logits"] = Field(default="logits", description="Name of the method.")
     teacher: str | None = Field(
-        default=None, min_length=1, description="The teacher, a folder or hub id; without one, the run's own model."
+        default=None,
+        min_length=1,
+        description="The teacher, a folder or hub id; without one, the model that the run began with.",
     )
     layers: tuple[int, ...] | None = Field(
         default=None,
         min_length=1,
-        description="The student is the teacher with these of its layers, counted from 0; without, what came in.",
+        description="The student is the teacher with these of its layers, counted from 0; without layers and "
+        "student_config, it is the model that came in.",
         json_schema_extra={"allowed": "a list of whole numbers"},
     )
     student_config: Mapping[str, int | float | str] | None = Field(
         default=None,
         min_length=1,
-        description="The student is the teacher with these changes of its config.json, such as {hidden_size: 128}.",
+        description="The student is the teacher with these changes of its config.json, such as hidden_size: 128.",
     )
     start: Literal["random", "copy"] = Field(
         default="random",
@@ -156,11 +164,11 @@ class Logits(DistillSettings):
     )
     divergence: Literal["forward", "reverse"] = Field(
         default="forward",
-        description="KL of the student from the teacher, or of the teacher from the student (reverse).",
+        description="Which KL is made small; forward: KL(teacher ‖ student), reverse: KL(student ‖ teacher).",
     )
     signals: Mapping[str, float] = Field(
         default_factory=dict,
-        description="More that is learned from the teacher, and its weight, such as {hidden: 1, attention: 0.5}.",
+        description="More that is learned from the teacher, each with its weight, such as hidden: 1.",
     )
     layer_map: Literal["uniform", "last"] | tuple[int, ...] = Field(
         default="uniform",
@@ -168,6 +176,32 @@ class Logits(DistillSettings):
         "the last ones, or a list counted from 1.",
         json_schema_extra={"allowed": "uniform, last or a list of whole numbers"},
     )
+
+    cache: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder for the teacher's largest logits, so that it runs once and later runs don't load it; auto: "
+        "modelzip's own cache. Log-probabilities are rounded to 16 bits.",
+        json_schema_extra={"allowed": "a folder, auto or true"},
+    )
+    top_k: int | None = Field(
+        default=None, ge=1, description="Logits of each token that a cache keeps; without it 64, or all if fewer."
+    )
+    baseline: bool = Field(default=False, description=BASELINE)
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _is_wanted(cls, value: Any) -> Any:
+        """A switch stands for modelzip's own cache."""
+        return {True: "auto", False: None}[value] if isinstance(value, bool) else "auto" if value == "true" else value
+
+    @model_validator(mode="after")
+    def _cache_is_enough(self) -> Self:
+        if self.cache is not None and self.signals:
+            raise ValueError("cache keeps logits alone, and signals look inside the teacher: leave one of them out")
+        if self.top_k is not None and self.cache is None:
+            raise ValueError("top_k says how much a cache keeps: give cache as well")
+        return self
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:

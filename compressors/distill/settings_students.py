@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from modelzip.compressors.quantize.settings import GroupSize
 
-from .settings import DistillSettings
+from .settings import BASELINE, DistillSettings
 
 
 class BiLstm(DistillSettings):
@@ -43,6 +43,7 @@ class BiLstm(DistillSettings):
     alpha: float = Field(
         default=1.0, ge=0, le=1, description="Weight of the teacher against the labels; in the paper 1."
     )
+    baseline: bool = Field(default=False, description=BASELINE)
 
 
 class FastBert(DistillSettings):

@@ -9,10 +9,12 @@ from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Sequence
 from modelzip.compressors.distill.signals import SIGNALS, layer_map
 
 from ..calibrate import is_causal, longest, tokenizer_of
 from ..tokens import is_retokenized, same_tokens, vocabulary_size
+from .data import Data
 from .lesson import Objective, Predicts
 from .material import padding_of
 from .student import Student, class_names, is_classifier
@@ -59,7 +61,9 @@ def objective_of(
             "give labelled data, or a model with a head."
         )
         return None
-    if not isinstance(settings, Logits) or teacher is None:
+    if isinstance(settings, FastBert):
+        return Objective(predicts, direction=settings.divergence, exits=True)
+    if teacher is None:
         return Objective(predicts)
     judge = problems.tried(lambda: skeleton(teacher))
     if judge is None:
@@ -77,6 +81,10 @@ def objective_of(
             f"the teacher's classes are {', '.join(class_names(judge))} and the student's "
             f"{', '.join(class_names(model))}: name a teacher of the same classes."
         )
+    if isinstance(settings, BiLstm):
+        return Objective(predicts, alpha=settings.alpha, temperature=settings.temperature, compares=settings.objective)
+    if not isinstance(settings, Logits):
+        return Objective(predicts)
     layers: tuple[int, ...] = ()
     if settings.signals:
         layers = _check_signals(settings, model, judge, problems)
@@ -126,6 +134,8 @@ def _predicts(model: Any) -> Predicts | None:
 def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: Problems) -> None:
     """One tokenizer for both models, with what the task needs, and texts no longer than the model takes."""
     model = skeleton(shell(student))
+    if isinstance(settings, Sequence) and settings.text_length > (limit := longest(model)):
+        problems.add(f"text_length is {settings.text_length}, but the model takes at most {limit} tokens.")
     if settings.max_length is not None and settings.max_length > (limit := longest(model)):
         problems.add(f"max_length is {settings.max_length}, but the model takes at most {limit} tokens.")
     tokenizer = problems.tried(lambda: tokenizer_of(student.origin))
@@ -135,6 +145,11 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
         problems.add(
             f"{student.origin.source} has no padding token, without which texts can't be learned in batches: set "
             "pad_token in its tokenizer_config.json."
+        )
+    if isinstance(settings, FastBert) and tokenizer.padding_side != "right":
+        problems.add(
+            f"the tokenizer of {student.origin.source} fills texts up on the left, and exits read the first token: set "
+            "padding_side to right in its tokenizer_config.json."
         )
     if _predicts(model) == "masked-token" and tokenizer.mask_token_id is None:
         problems.add(f"{student.origin.source} has no mask token in its tokenizer, so no tokens can be hidden.")
@@ -161,3 +176,24 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
             f"{theirs.get(token, 'missing')} for the teacher and {mine.get(token, 'missing')} for the student; name a "
             "teacher with the student's tokenizer."
         )
+
+
+def check_extras(
+    settings: DistillSettings, objective: Objective, data: Data, validation: Data | None, problems: Problems
+) -> None:
+    """What a cache and a baseline need."""
+    if isinstance(settings, Logits) and settings.cache is not None:
+        if objective.predicts == "masked-token":
+            problems.add("cache: every epoch hides other tokens, of which the teacher says other things: leave it out.")
+        if objective.predicts == "number":
+            problems.add(
+                "cache: it keeps the probabilities of classes, and this model predicts a number: leave it out."
+            )
+    if isinstance(settings, Logits | BiLstm) and settings.baseline:
+        unlabelled = [one for one in (data, validation) if one is not None and one.examples and not one.is_labelled]
+        if validation is None:
+            problems.add("baseline: accuracies are compared on validation: give that as well.")
+        if unlabelled:
+            problems.add(f"baseline: {unlabelled[0].source} has no labels, which it learns from: leave it out.")
+        if objective.predicts == "number":
+            problems.add("baseline: accuracies are compared, and this model predicts a number: leave it out.")

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modelzip.compressors.distill.cache import cached_divergence
 from modelzip.compressors.distill.hidden import Projection
 from modelzip.compressors.distill.logits import IGNORED, Direction, divergence, next_labels
 from modelzip.compressors.distill.signals import SIGNALS, Signal
+
+from .cached import taken
 
 Predicts = Literal["class", "number", "next-token", "masked-token"]
 
@@ -22,7 +25,8 @@ class Objective:
     """What the loss is made of.
 
     alpha: weight of the teacher's logits against labels, None without a teacher. signals: name and weight of each.
-    layers: for each of the student's layers the teacher's, counted from 1.
+    layers: for each of the student's layers the teacher's, counted from 1. compares: how logits are. exits: whether a
+    model's own exits learn from its last classifier.
     """
 
     predicts: Predicts
@@ -31,6 +35,8 @@ class Objective:
     direction: Direction = "forward"
     signals: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
+    compares: Literal["divergence", "error"] = "divergence"
+    exits: bool = False
 
     @property
     def reads(self) -> frozenset[str]:
@@ -74,6 +80,9 @@ class Lesson(nn.Module):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """batch: arguments of the models' forward, [batch, length], and `labels` if there are any."""
         labels = batch.pop("labels", None)
+        if self.objective.exits:
+            return self._exits(batch, labels)
+        cached = taken(batch, self.objective.temperature)
         asked = self._asked()
         said = self.student(**batch, **asked)
         heard = None
@@ -82,7 +91,13 @@ class Lesson(nn.Module):
                 heard = self.teacher(**batch, **asked)
         kept = batch["attention_mask"].bool() if "attention_mask" in batch else None
         logits, targets, counted = _items(said.logits, labels, batch["input_ids"], kept, self.objective.predicts)
-        loss = self._loss(logits, targets, heard, batch["input_ids"], kept)
+        soft = None
+        if cached is not None and self.objective.alpha is not None:
+            soft = cached_divergence(logits, cached, direction=self.objective.direction)
+        elif heard is not None and self.objective.alpha is not None:
+            theirs, _, _ = _items(heard.logits, None, batch["input_ids"], kept, self.objective.predicts)
+            soft = _soft(logits, theirs, self.objective)
+        loss = self._loss(logits, targets, soft)
         items = counted.sum(1)
         whole = torch.where(counted, loss, 0.0).sum(1)
         if heard is not None and self.objective.signals:
@@ -90,6 +105,23 @@ class Lesson(nn.Module):
         found = {"loss": whole, "items": items}
         if targets is not None and self.objective.predicts != "number":
             found["correct"] = ((logits.argmax(-1) == targets) & counted).sum(1)
+        return found
+
+    def _exits(self, batch: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+        """The sum over exits of their KL from the last classifier; `correct` is the mean over exits.
+
+        Liu et al. 2020, "FastBERT", equations 5 and 6.
+        """
+        if self.training:
+            said = self.student(**batch)
+            every = (*said.exit_logits, said.logits)
+        else:
+            every = self.student.every_exit(**batch)
+        *exits, last = (torch.log_softmax(logits.float(), -1) for logits in every)
+        losses = torch.stack([divergence(one, last.detach(), self.objective.direction) for one in exits])
+        found = {"loss": losses.sum(0), "items": torch.ones_like(last[:, 0], dtype=torch.int64)}
+        if labels is not None:
+            found["correct"] = torch.stack([(one.argmax(-1) == labels).double() for one in exits]).mean(0)
         return found
 
     def _asked(self) -> dict[str, bool]:
@@ -101,15 +133,13 @@ class Lesson(nn.Module):
             asked["output_attentions"] = True
         return asked
 
-    def _loss(self, logits: Tensor, targets: Tensor | None, heard: Any, tokens: Tensor, kept: Tensor | None) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor | None, soft: Tensor | None) -> Tensor:
         """[batch, items]"""
         one = self.objective
         hard = None if targets is None else _hard(logits, targets, one.predicts)
-        if heard is None or one.alpha is None:
+        if soft is None or one.alpha is None:
             assert hard is not None
             return hard
-        theirs, _, _ = _items(heard.logits, None, tokens, kept, one.predicts)
-        soft = _soft(logits, theirs, one)
         return soft if hard is None else one.alpha * soft + (1 - one.alpha) * hard
 
     def _signals(self, said: Any, heard: Any, kept: Tensor | None) -> Tensor:
@@ -132,7 +162,9 @@ def _items(
         counted = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
         return logits[:, None], None if labels is None else labels[:, None], counted
     if predicts == "next-token":
-        targets = next_labels(tokens if kept is None else torch.where(kept, tokens, IGNORED))
+        if labels is None:
+            labels = tokens if kept is None else torch.where(kept, tokens, IGNORED)
+        targets = next_labels(labels)
         return logits, targets, targets != IGNORED
     if labels is None:
         return logits, None, torch.ones_like(tokens, dtype=torch.bool)
@@ -148,11 +180,12 @@ def _hard(logits: Tensor, targets: Tensor, predicts: Predicts) -> Tensor:
 
 
 def _soft(logits: Tensor, theirs: Tensor, objective: Objective) -> Tensor:
-    """T² times the KL of each item, [batch, items]; of a number the squared error.
+    """T² times the KL of each item, [batch, items]; of a number, and where it is asked for, the squared error.
 
-    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2; Tang et al. 2019, "Distilling
+    Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2.
     """
-    if objective.predicts == "number":
+    if objective.predicts == "number" or objective.compares == "error":
         return (logits.float() - theirs.float()).square().sum(-1)
     heat = objective.temperature
     mine, teachers = (torch.log_softmax(one.float() / heat, -1) for one in (logits, theirs))

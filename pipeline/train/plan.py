@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,14 +11,17 @@ from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Sequence
 from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
+from modelzip.weights.exits import ExitsConfig
 
-from ..calibrate import longest, tokenizer_of
+from ..calibrate import is_causal, longest
 from ..room import BASE_BYTES
 from .data import Data, is_running_text, read_data, running_text
-from .fit import Problems, check_tokens, objective_of, shell
+from .fit import Problems, check_extras, check_tokens, objective_of, shell
 from .lesson import Objective
+from .made import is_new, student_of
 from .student import (
     Student,
     architecture,
@@ -26,8 +29,6 @@ from .student import (
     is_classifier,
     parameters_of,
     untrainable,
-    with_classes,
-    with_layers,
 )
 
 LENGTH: Final = 128
@@ -95,20 +96,23 @@ def plan_training(
     teacher = _teacher(settings, recipe, problems)
     origin = _origin(settings, source, teacher)
     data, validation = _data(settings, origin, teacher, problems)
-    student = None if origin is None or data is None else _student(settings, origin, teacher, data, problems)
+    student = None if origin is None or data is None else student_of(settings, origin, teacher, data, problems)
     objective = None if student is None else objective_of(settings, student, teacher, problems)
     if student is not None:
         check_tokens(settings, student, teacher, problems)
         for pattern in stage.ignore:
             if not any(matches(pattern, name) for name, _ in skeleton(shell(student)).named_modules()):
                 problems.add(f"the pattern {pattern!r} matches no module.")
+    if objective is not None and data is not None:
+        check_extras(settings, objective, data, validation, problems)
     if problems.sentences:
         raise ProblemsError(problems.sentences)
     assert student is not None
     assert objective is not None
     assert data is not None
     result = student.checkpoint()
-    length = settings.max_length or min(LENGTH, longest(skeleton(shell(student))))
+    length = settings.text_length if isinstance(settings, Sequence) else settings.max_length
+    length = length or _length(student, teacher)
     return TrainingPlan(
         kind=stage.kind,
         source=source.source,
@@ -125,25 +129,37 @@ def plan_training(
         bytes_after=result.nbytes,
         memory_bytes=_memory(settings, student, result, teacher, length=length),
         disk_bytes=result.nbytes + 2 * 12 * parameters_of(result),
-        notes=tuple(_notes(settings, student, teacher, data)),
+        notes=(*_own_teacher(settings, recipe), *_notes(settings, student, teacher, data)),
         result=result,
     )
+
+
+def _length(student: Student, teacher: Checkpoint | None) -> int:
+    """Tokens of a text where nobody said: no more than both models take."""
+    models = [shell(student), *([] if teacher is None else [teacher])]
+    return min(LENGTH, *(longest(skeleton(one)) for one in models))
 
 
 def _check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
     settings = stage.settings
     if stage.rules:
         problems.add("a model is trained as a whole, so rules can't change settings for some modules: leave them out.")
-    if settings.data is None:
+    if settings.data is None and not isinstance(settings, Sequence):
         problems.add("no data is named: give data, a file with labelled texts or plain text, or a hub dataset.")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         problems.add("tensorboard needs the package of that name: install it, or leave tensorboard out.")
-    if not _is_new(settings) and (reason := untrainable(source)) is not None:
+    if isinstance(settings, BiLstm | FastBert) and settings.task == "language-modelling":
+        problems.add(f"{settings.method} makes a classifier, so task can't be language-modelling: leave it out.")
+    if source.config.get("model_type") == ExitsConfig.model_type and not is_new(settings):
+        problems.add(f"{source.source} has exits already, and they aren't trained any further: train what it is from.")
+    if isinstance(settings, FastBert) and source.quantization is not None:
+        problems.add(f"{source.source} is compressed, and exits are put on an ordinary classifier: do that first.")
+    elif not is_new(settings) and (reason := untrainable(source)) is not None:
         problems.add(f"{source.source} {reason}: train it first, and compress it then.")
 
 
 def _teacher(settings: DistillSettings, recipe: Recipe, problems: Problems) -> Checkpoint | None:
-    if not isinstance(settings, Logits):
+    if not isinstance(settings, Logits | BiLstm | Sequence):
         return None
     name = settings.teacher or recipe.model
     revision = None if settings.teacher else recipe.revision
@@ -156,17 +172,14 @@ def _teacher(settings: DistillSettings, recipe: Recipe, problems: Problems) -> C
 
 def _origin(settings: DistillSettings, source: Checkpoint, teacher: Checkpoint | None) -> Checkpoint | None:
     """Where the student's weights come from."""
-    return teacher if _is_new(settings) else source
-
-
-def _is_new(settings: DistillSettings) -> bool:
-    """Whether the student is made from the teacher, not what came in."""
-    return isinstance(settings, Logits) and (settings.layers is not None or settings.student_config is not None)
+    return teacher if is_new(settings) else source
 
 
 def _data(
     settings: DistillSettings, origin: Checkpoint | None, teacher: Checkpoint | None, problems: Problems
 ) -> tuple[Data | None, Data | None]:
+    if isinstance(settings, Sequence):
+        return _written(settings, teacher, problems), _running(settings, problems)
     if settings.data is None or origin is None:
         return None, None
     judge = teacher if teacher is not None else origin
@@ -181,7 +194,7 @@ def _data(
         known = found[0].examples.names if found and found[0] is not None and found[0].examples else names
 
         def read(source: str = source, split: str = split, known: Any = known) -> Data:
-            needs_labels = None if settings.needs_teacher else True
+            needs_labels = True if settings.needs_labels else None
             runs = settings.task == "language-modelling" or (
                 settings.task == "auto" and not heads and is_running_text(settings, source, split)
             )
@@ -198,42 +211,25 @@ def _data(
     return first, second
 
 
-def _student(
-    settings: DistillSettings, origin: Checkpoint, teacher: Checkpoint | None, data: Data, problems: Problems
-) -> Student | None:
-    config: dict[str, Any] = dict(origin.config)
-    start: Any = "whole"
-    layers: tuple[int, ...] = ()
-    if isinstance(settings, Logits) and settings.layers is not None:
-        start, layers = "layers", settings.layers
-        config = problems.tried(lambda: with_layers(origin, layers)) or config
-    elif isinstance(settings, Logits) and settings.student_config is not None:
-        start = settings.start
-        unknown = [key for key in settings.student_config if key not in origin.config]
-        if unknown:
-            problems.add(f"student_config names {unknown[0]}, which config.json of {origin.source} hasn't got.")
-        config = {**config, **settings.student_config}
-    student = Student(config, origin, start, layers)
-    if data.examples is None or is_classifier(config):
-        model = problems.tried(lambda: skeleton(shell(student)))
-        return None if model is None else student
-    names = data.examples.names
-    if teacher is not None:
-        judge = problems.tried(lambda: skeleton(teacher))
-        if judge is None:
-            return None
-        if not is_classifier(teacher.config):
-            problems.add(
-                f"the teacher {teacher.source} is a {type(judge).__name__}, which has no logits for a whole text: "
-                "train it with method labels first, or take task: language-modelling."
-            )
-            return None
-        names = class_names(judge)
-    tokenizer = problems.tried(lambda: tokenizer_of(origin))
-    if tokenizer is None:
+def _written(settings: Sequence, teacher: Checkpoint | None, problems: Problems) -> Data | None:
+    """The texts that the teacher will write, and where their beginnings come from."""
+    if teacher is None:
         return None
-    made = problems.tried(lambda: with_classes(shell(student), names, tokenizer.pad_token_id))
-    return None if made is None else Student(made, origin, start, layers, has_new_head=True)
+    model = problems.tried(lambda: skeleton(teacher))
+    if model is not None and not is_causal(model):
+        problems.add(f"the teacher {teacher.source} is a {type(model).__name__}, which can't write text.")
+    if model is not None and settings.text_length > (limit := longest(model)):
+        problems.add(f"text_length is {settings.text_length}, but the teacher takes at most {limit} tokens.")
+    if settings.data is None or not settings.prompt_length:
+        return Data(f"written by {teacher.source}", "", "", None, written=settings.texts)
+    source, split = settings.data, settings.data_split
+    prompts = problems.tried(lambda: running_text(settings, source, split))
+    return None if prompts is None else replace(prompts, written=settings.texts)
+
+
+def _running(settings: Sequence, problems: Problems) -> Data | None:
+    source, split = settings.validation, settings.validation_split
+    return None if source is None else problems.tried(lambda: running_text(settings, source, split))
 
 
 def _memory(
@@ -242,11 +238,20 @@ def _memory(
     """Bytes: weights, gradients and two moments in fp32, the teacher, and activations of one batch."""
     config = skeleton(shell(student)).config.get_text_config()
     tokens = settings.train_batch_size * length
-    wide = 18 * config.hidden_size + 3 * config.num_attention_heads * length
-    activations = 4 * tokens * wide * config.num_hidden_layers
+    heads, layers = (getattr(config, name, 1) for name in ("num_attention_heads", "num_hidden_layers"))
+    wide = 18 * config.hidden_size + 3 * heads * length
+    activations = 4 * tokens * wide * layers
     if not is_classifier(student.config):
         activations += 12 * tokens * config.vocab_size * (1 if teacher is None else 2)
     return int(BASE_BYTES + 16 * parameters_of(result) + 4 * (parameters_of(teacher) if teacher else 0) + activations)
+
+
+def _own_teacher(settings: DistillSettings, recipe: Recipe) -> list[str]:
+    """What is said of a student that starts as the very model it learns from."""
+    is_first = settings is recipe.stages[0].settings
+    if not isinstance(settings, Logits) or settings.teacher or is_new(settings) or not is_first:
+        return []
+    return ["the student starts as its own teacher: name layers, student_config or another teacher"]
 
 
 def _notes(settings: DistillSettings, student: Student, teacher: Checkpoint | None, data: Data) -> list[str]:
@@ -254,6 +259,6 @@ def _notes(settings: DistillSettings, student: Student, teacher: Checkpoint | No
     if student.has_new_head:
         count = len(student.config["id2label"])
         notes.append(f"{student.origin.source} gets a new classifier of {count} outputs, with random weights")
-    if teacher is not None and data.count is not None and not data.is_labelled:
+    if teacher is not None and data.examples is not None and not data.is_labelled:
         notes.append(f"{data.source} has no labels: only the teacher is learned from")
     return notes

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 import transformers
@@ -24,7 +24,10 @@ from modelzip.weights.layouts import MODELZIP
 from modelzip.weights.linear import CompressedLinear
 from modelzip.weights.trainable import holds_codes, trainable
 
+from .own import fill_base, fill_embedding
+
 CLASSIFIER: Final = "ForSequenceClassification"
+Start: TypeAlias = Literal["whole", "layers", "copy", "random", "principal", "exits"]
 _SPELLINGS: Final = {dtype: spelling for spelling, dtype in DTYPES.items()}
 
 
@@ -32,13 +35,14 @@ _SPELLINGS: Final = {dtype: spelling for spelling, dtype in DTYPES.items()}
 class Student:
     """config: its config.json. origin: the checkpoint that its weights come from.
 
-    start: whole: all of the origin's weights; layers: those of some layers; copy: the leading part of each; random.
+    start: whole: all of the origin's weights; layers: those of some layers; copy: the leading part of each; random;
+    principal: random but for an embedding by the origin's principal axes; exits: the origin within, random exits.
     layers: of the origin, by their places in the student. has_new_head: whether the origin has no classifier.
     """
 
     config: Mapping[str, Any]
     origin: Checkpoint
-    start: Literal["whole", "layers", "copy", "random"] = "whole"
+    start: Start = "whole"
     layers: tuple[int, ...] = ()
     has_new_head: bool = False
 
@@ -63,10 +67,11 @@ class Student:
         if self.start != "whole" or self.origin.quantization is None:
             return {}
         names = NameMap(skeleton(self.origin), self.origin)
-        return {
+        found = {
             own: {suffix: self.origin.tensors[name] for suffix, name in names.parts(module).items()}
             for module, own in self.renamed().items()
         }
+        return {own: parts for own, parts in found.items() if parts}  # a resized plain weight has none
 
     def renamed(self) -> dict[str, str]:
         """What each compressed module of the origin is called in the student, which may have a head around it."""
@@ -171,8 +176,7 @@ def open_student(student: Student, *, seed: int, attention: str | None = None) -
         else:
             model_class: Any = type(model)
             made = model_class._from_config(model.config, dtype=torch.float32, attn_implementation=attention)
-            if student.start != "random":
-                _fill(made, student)
+            _begin(made, student)
     for name, module in list(made.named_modules()):
         if isinstance(module, CompressedLinear):
             made.set_submodule(name, trainable(module.weight_value, module.bias))
@@ -217,6 +221,17 @@ def _pretrained(model_class: Any, origin: Checkpoint, config: Any, attention: st
     if lacking:
         raise CheckpointError(f"{origin.source} lacks {sorted(lacking)[0]}, which {model_class.__name__} needs.")
     return model
+
+
+def _begin(made: Any, student: Student) -> None:
+    """Put what the start says of the origin's weights into a student that is random."""
+    match student.start:
+        case "principal":
+            fill_embedding(made, open_whole(student.origin))
+        case "exits":
+            fill_base(made, open_whole(student.origin))
+        case "layers" | "copy":
+            _fill(made, student)
 
 
 def _body(model: Any) -> str:

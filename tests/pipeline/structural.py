@@ -28,16 +28,15 @@ class Progress:
         raise AssertionError(line)
 
 
-def recipe_of(**settings: Any) -> Any:
-    return parse_recipe(
-        {"model": "x", "calibration": {"seq_len": 12, "samples": 4}, "stages": [{"prune": settings}]}, ""
-    )
+def recipe_of(*, kind: str = "prune", **settings: Any) -> Any:
+    return parse_recipe({"model": "x", "calibration": {"seq_len": 12, "samples": 4}, "stages": [{kind: settings}]}, "")
 
 
 def plan_of(source: Checkpoint, output: Path, **settings: Any) -> StructuralPlan:
     """The plan; raises ProblemsError as the plan of a whole recipe does."""
     recipe, problems = recipe_of(**settings), []
-    plan = plan_structural(recipe.stages[0], source, recipe=recipe, output=output, where="prune", problems=problems)
+    (stage,) = recipe.stages
+    plan = plan_structural(stage, source, recipe=recipe, output=output, where=stage.kind, problems=problems)
     if problems:
         raise ProblemsError(problems)
     assert plan is not None
@@ -50,8 +49,25 @@ def prune(
     """Plan and run; what comes out must be what the plan said."""
     source = Checkpoint.open(str(folder))
     plan = plan_of(source, output, **settings)
+    records = run(plan, source, output, windows=windows, resume=resume, **settings)
+    made = Checkpoint.open(str(output))
+    assert made.nbytes == plan.bytes_after < plan.bytes_before
+    assert made.tensors.keys() == plan.result.tensors.keys()
+    return plan, records
+
+
+def run(
+    plan: StructuralPlan,
+    source: Checkpoint,
+    output: Path,
+    *,
+    windows: Tensor | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Run a plan."""
     context = Context(recipe_of(**settings), torch.device("cpu"), "print", Clock(), Progress())
-    records = run_structural(
+    return run_structural(
         plan,
         source,
         target=output,
@@ -61,10 +77,6 @@ def prune(
         resume=resume,
         context=context,
     )
-    made = Checkpoint.open(str(output))
-    assert made.nbytes == plan.bytes_after < plan.bytes_before
-    assert made.tensors.keys() == plan.result.tensors.keys()
-    return plan, records
 
 
 def opened(folder: Path) -> nn.Module:

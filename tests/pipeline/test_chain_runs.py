@@ -92,7 +92,7 @@ def go(here) -> Callable[..., Any]:
 def test_a_fine_tuned_pruned_healed_quantized_classifier_is_exported_dense(place, go, tmp_path):
     teacher = tmp_path / "teacher"
     stages = [
-        place.labels(max_steps=40, keep_as=str(teacher)),
+        place.labels(max_steps=40, output=str(teacher)),
         {"prune": {"method": "magnitude", "sparsity": 0.4}},
         {"distill": {"method": "logits", "data": place.train, "teacher": str(place.model), "alpha": 0.1, **TRAINED}},
         GPTQ,
@@ -148,7 +148,7 @@ def test_a_teacher_with_the_tokens_that_an_earlier_stage_takes_out_is_refused(pl
 
 
 def test_a_stage_that_is_kept_opens_by_itself_and_nothing_hidden_is_left(place, go, tmp_path):
-    stages = [{"prune": {"method": "magnitude", "keep_as": str(tmp_path / "pruned")}}, GPTQ]
+    stages = [{"prune": {"method": "magnitude", "output": str(tmp_path / "pruned")}}, GPTQ]
     report = go(place.recipe(*stages), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pruned"]
     opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned")
@@ -273,7 +273,7 @@ def test_overwrite_starts_a_killed_chain_anew_and_sweeps_up_what_it_has_no_use_f
 def test_a_folder_that_a_stage_is_to_be_kept_as_is_not_replaced_unasked(place, go, tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "diary.txt").write_text("dear")
-    recipe = place.recipe({"prune": {"method": "magnitude", "keep_as": str(tmp_path / "kept")}}, GPTQ)
+    recipe = place.recipe({"prune": {"method": "magnitude", "output": str(tmp_path / "kept")}}, GPTQ)
     with pytest.raises(OutputError, match=r"kept, which stages\[0\] is to be kept as, exists already"):
         go(recipe, tmp_path / "out")
     with pytest.raises(OutputError, match="is no model, so it isn't replaced"):
@@ -284,20 +284,19 @@ def test_a_folder_that_a_stage_is_to_be_kept_as_is_not_replaced_unasked(place, g
 def test_the_problems_of_all_stages_are_told_at_once_before_a_weight_is_read(place, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", lambda *_, **__: pytest.fail("a weight was read"))
     stages = [
-        {"prune": {"method": "magnitude", "keep_as": "same", "ignore": ["*.nothing"]}},
-        {"prune": {"method": "magnitude", "keep_as": "same", "sparsity": 0.8}},
-        {"quantize": {"group_size": 24, "strict_groups": True, "keep_as": str(place.model / "x")}},
-        {"prune": {"method": "magnitude", "sparsity": 0.9, "keep_as": "out"}},
+        {"prune": {"method": "magnitude", "output": "same", "ignore": ["*.nothing"]}},
+        {"prune": {"method": "magnitude", "output": "same", "sparsity": 0.8}},
+        {"quantize": {"group_size": 24, "strict_groups": True, "output": str(place.model / "x")}},
+        {"prune": {"method": "magnitude", "sparsity": 0.9, "output": "out"}},
         {"distill": {"method": "labels", "data": "lacking.tsv"}},
-        {"distill": {"method": "labels", "data": "also-lacking.tsv", "keep_as": "end"}},
+        {"distill": {"method": "labels", "data": "also-lacking.tsv"}},
     ]
     with pytest.raises(ProblemsError) as error:
         plan_recipe(place.recipe(*stages, calibration={"source": "no.txt"}), output=Path("out"))
     wanted = [
-        ("stages[1].prune: keep_as: same and what stages[0] is kept as", "overlap"),
-        ("stages[2].quantize: keep_as: ", "and the model"),
-        ("stages[3].prune: keep_as: out and the output", "overlap"),
-        ("stages[5].distill: keep_as: the last stage's result is the output", ""),
+        ("stages[1].prune: output: same and what stages[0] is kept as", "overlap"),
+        ("stages[2].quantize: output: ", "and the model"),
+        ("stages[3].prune: output: out and the output", "overlap"),
         ("stages[0].prune: the pattern '*.nothing' matches no module", ""),
         ("stages[2].quantize: group_size 24 doesn't divide", ""),
         ("stages[3].prune: bert.encoder.layer.0.attention.self.query", "quantized already; prune before quantizing"),
