@@ -155,8 +155,7 @@ def inputs_of(model: Any, name: str, windows: Tensor) -> Tensor:
 def plain_gptq(weight: Tensor, x: Tensor) -> Any:
     """GPTQ at the settings of the stage, in groups that fit as the plan fits them, for inputs x [tokens, in]."""
     columns = weight.shape[1]
-    hessian = (x.double().T @ x.double() / len(x)).float()
-    factor = inverse_factor(hessian, damping=0.01, max_damping=1.0, order="activation")
+    factor = inverse_factor(
         (x.double().T @ x.double() / len(x)).float(), damping=0.01, max_damping=1.0, order="activation"
     )
     size = 16 if columns % 16 == 0 else columns
