@@ -179,7 +179,7 @@ def test_a_model_that_modelzip_has_quantized_already_is_refused(good, tmp_path, 
     modelzip.fork("quantize", good, *RTN, "--output", "once", cwd=tmp_path, strike_at_process=1).wait()
     done = modelzip.fork("quantize", "once", *RTN, "--output", "twice", cwd=tmp_path).wait()
     assert done.code == 2
-    assert "is already quantized" in told(done)
+    assert "it is quantized already" in told(done)
     assert [path.name for path in tmp_path.iterdir()] == ["once"]
 
 
