@@ -108,7 +108,7 @@ def test_transformers_opens_the_result_with_the_logits_of_the_same_weights_dense
     folder, report = chain("llama", *stages)
     wanted = logits_with(speaking("llama"), weights_in(folder), windows)
     found = logits_of(folder, windows)
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm()  # measured: 4e-7 factorized, else 0
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()  # measured: 5.2e-7 factorized, else 0
     assert report["verification"]["max_logit_difference"] <= 1e-4  # measured: 4e-6
 
 
@@ -139,7 +139,7 @@ def test_gptq_of_a_factorized_model_takes_both_factors_for_the_inputs_that_reach
     parts = {f"{name}.{side}": getattr(weight, side) for name, weight in found.items() for side in ("left", "right")}
     assert agreement(parts, wanted) >= 0.995  # measured: 1
     lefts = {name: weight for name, weight in parts.items() if name in blind}
-    assert agreement(lefts, blind) < 0.95
+    assert agreement(lefts, blind) < 0.95  # measured: 0.912
 
 
 def inputs_of(model: Any, name: str, windows: Tensor) -> Tensor:
@@ -191,4 +191,4 @@ def test_what_is_left_of_the_layers_is_factorized_for_the_smaller_models_inputs(
     rank = found.left.shape[1]
     s = torch.linalg.svdvals(x @ weight.T)
     least = s[rank:].norm()  # Eckart and Young: no matrix of this rank has outputs that are closer
-    assert (x @ (weight - found.dense(torch.float32)).T).norm() <= 1.02 * least
+    assert (x @ (weight - found.dense(torch.float32)).T).norm() <= 1.001 * least  # measured: 1.00007
