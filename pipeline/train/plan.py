@@ -248,7 +248,7 @@ def _memory(
 def _own_teacher(settings: DistillSettings, recipe: Recipe) -> list[str]:
     """What is said of a student that starts as the very model it learns from."""
     is_first = settings is recipe.stages[0].settings
-    if not isinstance(settings, Logits) or settings.teacher or _is_new(settings) or not is_first:
+    if not isinstance(settings, Logits) or settings.teacher or is_new(settings) or not is_first:
         return []
     return ["the student starts as its own teacher: name layers, student_config or another teacher"]
 
