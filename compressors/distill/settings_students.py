@@ -23,7 +23,9 @@ class BiLstm(DistillSettings):
 
     method: Literal["bilstm"] = Field(default="bilstm", description="Name of the method.")
     teacher: str | None = Field(
-        default=None, min_length=1, description="The teacher, a folder or hub id; without one, the run's own model."
+        default=None,
+        min_length=1,
+        description="The teacher, a folder or hub id; without one, the model that the run began with.",
     )
     learning_rate: float = Field(default=1e-3, gt=0, le=10, description="Learning rate at its peak.")
     embedding_size: int = Field(
@@ -86,7 +88,9 @@ class Sequence(DistillSettings):
 
     method: Literal["sequence"] = Field(default="sequence", description="Name of the method.")
     teacher: str | None = Field(
-        default=None, min_length=1, description="The teacher, a folder or hub id; without one, the run's own model."
+        default=None,
+        min_length=1,
+        description="The teacher, a folder or hub id; without one, the model that the run began with.",
     )
     texts: int = Field(default=1000, ge=1, description="Texts that the teacher writes.")
     text_length: int = Field(default=256, ge=2, description="Tokens of each of them.")

@@ -13,6 +13,7 @@ from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Seq
 from modelzip.compressors.distill.signals import SIGNALS, layer_map
 
 from ..calibrate import is_causal, longest, tokenizer_of
+from ..tokens import is_retokenized, same_tokens, vocabulary_size
 from .data import Data
 from .lesson import Objective, Predicts
 from .material import padding_of
@@ -152,6 +153,13 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
         )
     if _predicts(model) == "masked-token" and tokenizer.mask_token_id is None:
         problems.add(f"{student.origin.source} has no mask token in its tokenizer, so no tokens can be hidden.")
+    if teacher is not None and is_retokenized(student.origin) and not same_tokens(student.origin, teacher):
+        problems.add(
+            f"an earlier stage changes the student's tokens, and the teacher {teacher.source} has "
+            f"{vocabulary_size(teacher.config)} of them in place of {vocabulary_size(student.origin.config)}: put the "
+            "stage vocabulary after this one, or heal with method labels."
+        )
+        return
     if teacher is None or teacher.folder == student.origin.folder:
         return
     other = problems.tried(lambda: tokenizer_of(teacher))

@@ -67,8 +67,9 @@ class TrainingPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as `--dry-run --json` prints it."""
-        keys = ("source", "bytes_before", "bytes_after", "memory_bytes", "disk_bytes")
+        keys = ("source", "kind", "bytes_before", "bytes_after", "memory_bytes", "disk_bytes", "needs_data")
         return {
+            "method": self.settings.method,
             **{key: getattr(self, key) for key in keys},
             "output": str(self.output),
             "notes": list(self.notes),

@@ -67,10 +67,11 @@ class Student:
         if self.start != "whole" or self.origin.quantization is None:
             return {}
         names = NameMap(skeleton(self.origin), self.origin)
-        return {
+        found = {
             own: {suffix: self.origin.tensors[name] for suffix, name in names.parts(module).items()}
             for module, own in self.renamed().items()
         }
+        return {own: parts for own, parts in found.items() if parts}  # a resized plain weight has none
 
     def renamed(self) -> dict[str, str]:
         """What each compressed module of the origin is called in the student, which may have a head around it."""
