@@ -314,8 +314,8 @@ def test_cached_logits_of_a_language_model_teach_what_it_teaches(distil, speakin
 
 
 def test_a_cache_with_signals_is_refused():
+    stage = {"method": "logits", "data": "a.tsv", "cache": True, "signals": {"hidden": 1.0}}
     with pytest.raises(ProblemsError, match="signals look inside the teacher"):
-        stage = {"method": "logits", "data": "a.tsv", "cache": True, "signals": {"hidden": 1.0}}
         parse_recipe({"model": "m", "stages": [{"distill": stage}]}, "test")
 
 
