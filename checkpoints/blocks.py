@@ -144,8 +144,8 @@ def find_structure(model: nn.Module, checkpoint: Checkpoint, *, names: NameMap |
     """Raises CheckpointError for a model without blocks that hold linears, and for students of our own kinds."""
     if is_own(checkpoint):
         raise CheckpointError(
-            f"{checkpoint.source} is a {type(model).__name__}, which no other method takes any further: compress the "
-            "classifier that it was made from, before this student is made."
+            f"{checkpoint.source} ({type(model).__name__}) is a student that no other method takes any further: "
+            "compress the classifier that it was made from, before this student is made."
         )
     names = names if names is not None else NameMap(model, checkpoint)
     left_alone: list[tuple[str, str]] = []

@@ -182,7 +182,7 @@ def test_the_models_own_text_follows_its_own_distribution(saved, models, here):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2"])
 def test_the_text_is_what_the_model_gives_run_anew_on_every_prefix(models, name, monkeypatch):
     model = models.FAMILIES[name].build()
-    monkeypatch.setattr(selftext, "_most_rows", lambda *_: 3)
+    monkeypatch.setattr(selftext, "most_rows", lambda *_: 3)
     reports: list[tuple[int, int]] = []
     written = selftext.write(model, counts=[4, 0, 2], seq_len=12, seed=1, report=lambda *step: reports.append(step))
     naive = []
@@ -220,9 +220,9 @@ def test_windows_are_written_side_by_side_as_far_as_memory_goes(models, monkeypa
     config = model.config
     row = 12 * 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     monkeypatch.setattr(selftext, "CACHE_BYTES", 50_000 * row)
-    assert selftext._most_rows(model, 12) == 50_000
+    assert selftext.most_rows(model, 12) == 50_000
     monkeypatch.setattr(selftext, "CACHE_BYTES", 0)
-    assert selftext._most_rows(model, 12) == sum(p.nbytes for p in model.parameters()) // row
+    assert selftext.most_rows(model, 12) == sum(p.nbytes for p in model.parameters()) // row
 
 
 def test_even_draws_leave_special_tokens_out(saved, here):
