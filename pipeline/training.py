@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,8 @@ from modelzip.checkpoints.errors import CheckpointError, RecipeError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.target import workspace_of
 from modelzip.checkpoints.writer import CheckpointWriter
+from modelzip.compressors.distill.settings import DistillSettings
+from modelzip.compressors.prune.settings_training import Lottery, ScheduledSettings
 from modelzip.recipes.match import matches
 
 from .calibrate import tokenizer_of
@@ -31,10 +33,12 @@ from .identity import PROVENANCE, header_hash
 from .text import Windows
 from .train import ranks
 from .train.data import Data, masking_of, material_of
+from .train.growing import Growing, span
 from .train.lesson import Lesson
 from .train.material import Material, Padding, padding_of
 from .train.plan import TrainingPlan, plan_training
 from .train.rhythm import Beat, best_row, last_checkpoint
+from .train.rounds import Named, Rounds
 from .train.student import Student, open_student, open_whole, stored
 from .train.trainer import Course, Learned, train
 
@@ -56,7 +60,8 @@ class _Lessons:
 def training_fingerprint(context: Context, plan: TrainingPlan) -> str:
     """What a resumed stage must share with the interrupted one: data, teacher and number of processes among it."""
     of = [plan.data.sha256(), plan.validation.sha256() if plan.validation else "", ranks.count()]
-    of.append(header_hash(plan.teacher) if plan.teacher else "")
+    is_source = plan.teacher is plan.student.origin and plan.student.start == "whole"
+    of.append(header_hash(plan.teacher) if plan.teacher and not is_source else "")
     return context.fingerprint + hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
@@ -87,7 +92,8 @@ def run_training(
             if writer:
                 _write(writer, student, learned, record)
         if writer:
-            writer.finish(config=student.written_config(), files={PROVENANCE: describe(record)})
+            config = student.written_config(writer.done[PART]["forms"])
+            writer.finish(config=config, files={PROVENANCE: describe(record)})
         ranks.wait()
     return dict(record)
 
@@ -112,14 +118,13 @@ def training_section(record: Mapping[str, Any]) -> dict[str, Any]:
         "best": None if best is None else {name: best[name] for name in names if name in best},
         "kept": None if kept is None else {name: kept[name] for name in names if name in kept},
         "curve": curve,
+        "runs": record["runs"],
     }
 
 
 def _on(student: Student, plan: TrainingPlan, source: Checkpoint) -> Student:
     """The planned student, with the weights that are there now in place of headers that were foreseen."""
-    if plan.teacher is not None and student.origin is plan.teacher:
-        return student
-    return Student(student.config, source, student.start, student.layers, student.has_new_head)
+    return student if student.start != "whole" else replace(student, origin=source)
 
 
 @contextmanager
@@ -144,29 +149,32 @@ def _learned(
 ) -> tuple[Learned, dict[str, Any]]:
     """Train, and say how it went."""
     settings, seed = plan.settings, context.recipe.seed
-    lesson = _lesson(plan, student, seed=seed)
+    make = _teaching(plan, student, seed=seed)
+    lesson = make()
     lessons = _tokens(plan, student, lesson, seed=seed)
     steps = _steps(plan, len(lessons.material))
-    epoch = max(1, math.ceil(len(lessons.material) / _batch(plan)))
-    beat = Beat(
-        log=settings.log_every,
-        save=settings.save_every,
-        measure=None if lessons.measured is None else settings.eval_every or epoch,
-        patience=settings.early_stopping,
-        keep=settings.kept,
-    )
+    course = Course(settings, steps, _beat(plan, lessons, steps), seed, context.device)
     work = workspace_of(target)
-    resume_from = ranks.told(last_checkpoint(work) if ranks.is_main() else None)
-    learned = train(
-        lesson,
-        Course(settings, steps, beat, seed, context.device),
-        material=lessons.material,
-        measured=lessons.measured,
-        work=work,
-        resume_from=resume_from,
-        progress=ranks.voice(context.progress),
-        callbacks=[*_boards(plan), *callbacks],
-    )
+    progress = ranks.voice(context.progress)
+
+    def trial(lesson: Lesson, work: Path, *, name: str = "train", schedules: Sequence[TrainerCallback] = ()) -> Learned:
+        return train(
+            lesson,
+            course,
+            material=lessons.material,
+            measured=lessons.measured,
+            work=work,
+            resume_from=ranks.told(last_checkpoint(work) if ranks.is_main() else None),
+            progress=Named(progress, name),
+            callbacks=[*_boards(plan), *schedules, *callbacks],
+        )
+
+    runs: list[dict[str, Any]] = []
+    if isinstance(settings, Lottery):
+        matrices, rewind = tuple(student.changes), round(settings.rewind * steps)
+        learned, runs = Rounds(settings, matrices, rewind, seed, work=work, make=make, trial=trial).train()
+    else:
+        learned = trial(lesson, work, schedules=_schedules(settings, lesson, steps))
     record = {
         "method": settings.method,
         "task": plan.objective.predicts,
@@ -182,9 +190,28 @@ def _learned(
         "kept_step": learned.kept,
         "stopped_early": learned.stopped_early,
         "curve": learned.curve,
+        "runs": runs,
         "notes": list(lessons.notes),
     }
     return learned, record
+
+
+def _beat(plan: TrainingPlan, lessons: _Lessons, steps: int) -> Beat:
+    settings = plan.settings
+    epoch = max(1, math.ceil(len(lessons.material) / _batch(plan)))
+    return Beat(
+        log=settings.log_every,
+        save=settings.save_every,
+        measure=None if lessons.measured is None else settings.eval_every or epoch,
+        patience=settings.early_stopping,
+        keep=settings.kept,
+        settled=span(settings, steps)[1] if isinstance(settings, ScheduledSettings) else 0,
+    )
+
+
+def _schedules(settings: DistillSettings, lesson: Lesson, steps: int) -> list[TrainerCallback]:
+    """What a method changes from step to step."""
+    return [Growing(settings, lesson, steps=steps)] if isinstance(settings, ScheduledSettings) else []
 
 
 def _described(data: Data, count: int) -> dict[str, Any]:
@@ -205,16 +232,27 @@ def _steps(plan: TrainingPlan, examples: int) -> int:
     return max(1, math.ceil(settings.epochs * math.ceil(batches / settings.gradient_accumulation)))
 
 
-def _lesson(plan: TrainingPlan, student: Student, *, seed: int) -> Lesson:
+def _teaching(plan: TrainingPlan, student: Student, *, seed: int) -> Callable[[], Lesson]:
+    """A function that makes the lesson anew, with the student as it came in; the teacher is opened once."""
     attention = "eager" if "attention" in plan.objective.reads else None
-    model = open_student(student, seed=seed, attention=attention)
-    for name, module in model.named_modules():
-        if any(matches(pattern, name) for pattern in plan.frozen):
-            module.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RecipeError("Nothing is left to train: every module is ignored.")
-    teacher = None if plan.teacher is None else open_whole(plan.teacher, attention=attention)
-    return Lesson(model, plan.objective, teacher=teacher, seed=seed)
+    teacher = None
+    if plan.teacher is not None:
+        is_source = plan.teacher is plan.student.origin
+        teacher = open_whole(student.origin if is_source else plan.teacher, attention=attention)
+
+    def make() -> Lesson:
+        model = open_student(student, seed=seed, attention=attention)
+        for name, module in model.named_modules():
+            if any(matches(pattern, name) for pattern in plan.frozen):
+                module.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise RecipeError("Nothing is left to train: every module is ignored.")
+        lesson = Lesson(model, plan.objective, teacher=teacher, seed=seed)
+        for name, change in student.changes.items():
+            lesson.rates |= {f"student.{name}.{leaf}": rate for leaf, rate in change.rates().items()}
+        return lesson
+
+    return make
 
 
 def _tokens(plan: TrainingPlan, student: Student, lesson: Lesson, *, seed: int) -> _Lessons:
@@ -245,13 +283,17 @@ def _tokens(plan: TrainingPlan, student: Student, lesson: Lesson, *, seed: int) 
 
 def _write(writer: CheckpointWriter, student: Student, learned: Learned, record: dict[str, Any]) -> None:
     """The student's tensors take the place of all that its origin has."""
-    tensors = stored(_named(student), state=learned.state)
+    rest, changed = student.split(learned.state)
+    tensors = stored(_named(student), state=rest)
+    for module, weight in changed.items():
+        tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in weight.tensors().items()}
     planned = student.checkpoint().tensors
     if tensors.keys() != planned.keys():
         strange = sorted(tensors.keys() ^ planned.keys())[0]
         raise CheckpointError(f"{strange} was planned or trained, but not both; nothing was written.")
     tensors = {name: tensor.to(DTYPES[planned[name].dtype]) for name, tensor in tensors.items()}
-    writer.write_part(PART, tensors, replaces=student.origin.tensors, record={"training": record})
+    forms = {module: weight.meta() for module, weight in changed.items()}
+    writer.write_part(PART, tensors, replaces=student.origin.tensors, record={"training": record, "forms": forms})
 
 
 def _named(student: Student) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.compressors.distill.settings import DistillSettings, Logits
+from modelzip.compressors.distill.settings import DistillSettings, Logits, TaughtSettings
 from modelzip.compressors.distill.signals import SIGNALS, layer_map
 
 from ..calibrate import is_causal, longest, tokenizer_of
@@ -58,7 +58,7 @@ def objective_of(
             "give labelled data, or a model with a head."
         )
         return None
-    if not isinstance(settings, Logits) or teacher is None:
+    if not isinstance(settings, Logits | TaughtSettings) or teacher is None:
         return Objective(predicts)
     judge = problems.tried(lambda: skeleton(teacher))
     if judge is None:
@@ -76,6 +76,8 @@ def objective_of(
             f"the teacher's classes are {', '.join(class_names(judge))} and the student's "
             f"{', '.join(class_names(model))}: name a teacher of the same classes."
         )
+    if not isinstance(settings, Logits):
+        return Objective(predicts, alpha=settings.alpha, temperature=settings.temperature)
     layers: tuple[int, ...] = ()
     if settings.signals:
         layers = _check_signals(settings, model, judge, problems)
