@@ -7,8 +7,8 @@ linears, an expert is a member of a list (or of a 3-D parameter) inside a block,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -23,6 +23,7 @@ from modelzip.weights.attributes import ATTRIBUTES, set_attributes
 from modelzip.weights.dense import Dense
 from modelzip.weights.layouts import MODELZIP
 from modelzip.weights.plugin import compressed_module, located
+from modelzip.weights.students import OWN_MODELS
 from modelzip.weights.value import dtype_name
 
 from .errors import CheckpointError
@@ -34,18 +35,22 @@ TIED: Final = "tied to another weight"
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer that a method may compress."""
+    """A linear layer that a method may compress. sharers: other modules that use the same weight."""
 
     name: str  # module path
     tensor: str  # of its weight in the checkpoint; of a compressed one, the name that the weight would have
     shape: tuple[int, int]  # (out, in)
     transposed: bool  # the weight is stored [in, out], as transformers' Conv1D does
+    sharers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Block:
+    """linears: those whose weights are stored as theirs. sharers: by module path, the linear whose weight it uses."""
+
     name: str  # module path
     linears: tuple[Linear, ...]
+    sharers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ def _classes(checkpoint: Checkpoint) -> tuple[Any, Any]:
             "update transformers or check the file."
         )
     config_class = CONFIG_MAPPING[model_type]
+    if model_type in OWN_MODELS:
+        return config_class, OWN_MODELS[model_type]
     architectures = config.get("architectures") or [None]
     named = getattr(transformers, str(architectures[0]), None)
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
@@ -128,13 +135,25 @@ def _classes(checkpoint: Checkpoint) -> tuple[Any, Any]:
     raise CheckpointError(f"{where} names no architecture, and transformers has none for the type {model_type!r}.")
 
 
+def is_own(checkpoint: Checkpoint) -> bool:
+    """Whether the model is one of our own kinds, which run whole: they have no blocks to be streamed or compressed."""
+    return checkpoint.config.get("model_type") in OWN_MODELS
+
+
 def find_structure(model: nn.Module, checkpoint: Checkpoint, *, names: NameMap | None = None) -> Structure:
+    """Raises CheckpointError for a model without blocks that hold linears, and for students of our own kinds."""
+    if is_own(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.source} is a {type(model).__name__}, which no other method takes any further: compress the "
+            "classifier that it was made from, before this student is made."
+        )
     names = names if names is not None else NameMap(model, checkpoint)
     left_alone: list[tuple[str, str]] = []
-    blocks = []
-    for stack in _stacks(model):
-        for index, module in enumerate(model.get_submodule(stack).children()):
-            blocks.append(_block(f"{stack}.{index}", module, names=names, left_alone=left_alone))
+    paths = [f"{stack}.{index}" for stack in _stacks(model) for index in range(len(model.get_submodule(stack)))]  # type: ignore[arg-type]
+    owners = _owners(model, paths, names)
+    blocks = [
+        _block(path, model.get_submodule(path), names=names, owners=owners, left_alone=left_alone) for path in paths
+    ]
     # Layers that are all one still run, and are evaluated, block by block.
     if not any(block.linears for block in blocks) and TIED not in dict(left_alone).values():
         raise CheckpointError(
@@ -163,10 +182,31 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _block(path: str, block: nn.Module, *, names: NameMap, left_alone: list[tuple[str, str]]) -> Block:
+def _owners(model: nn.Module, blocks: list[str], names: NameMap) -> dict[str, str]:
+    """Of linears in blocks that share a weight with each other alone: the one under whose name it is stored."""
+    inside = tuple(f"{block}." for block in blocks)
+    found = {}
+    for group in names.tied:
+        modules = [name.removesuffix(".weight") for name in group if name.endswith(".weight")]
+        if len(modules) == len(group) and all(
+            one.startswith(inside) and _is_linear(model.get_submodule(one)) for one in modules
+        ):
+            found.update(dict.fromkeys(modules, names.owner(group[0]).removesuffix(".weight")))
+    return found
+
+
+def _block(
+    path: str,
+    block: nn.Module,
+    *,
+    names: NameMap,
+    owners: Mapping[str, str],
+    left_alone: list[tuple[str, str]],
+) -> Block:
     routers = dict(_routers(block))
     tied = {name for group in names.tied for name in group}
     linears = []
+    sharers = {}
     for name, module in block.named_modules():
         full = f"{path}.{name}" if name else path
         weight = f"{full}.weight"
@@ -174,15 +214,18 @@ def _block(path: str, block: nn.Module, *, names: NameMap, left_alone: list[tupl
             left_alone.append((full, "router"))
         elif not _is_linear(module):
             left_alone.extend((f"{full}.{leaf}", reason) for leaf, reason in _odd_parameters(module))
-        elif weight in tied:
+        elif weight in tied and full not in owners:
             left_alone.append((full, TIED))
         elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             left_alone.append((full, "its weight is used without calling it"))
+        elif owners.get(full, full) != full:
+            sharers[full] = owners[full]
         elif (tensor := _tensor(names, full)) is None:
             left_alone.append((full, "stored fused with other weights"))
         else:
-            linears.append(_linear(full, module, tensor))
-    return Block(path, tuple(linears))
+            others = tuple(other for other, owner in owners.items() if owner == full != other)
+            linears.append(_linear(full, module, tensor, others))
+    return Block(path, tuple(linears), sharers)
 
 
 def _tensor(names: NameMap, module: str) -> str | None:
@@ -193,10 +236,10 @@ def _tensor(names: NameMap, module: str) -> str | None:
     return names.source(f"{module}.weight")
 
 
-def _linear(name: str, module: nn.Module, tensor: str) -> Linear:
+def _linear(name: str, module: nn.Module, tensor: str, sharers: tuple[str, ...]) -> Linear:
     rows, columns = module.get_parameter("weight").shape
     transposed = isinstance(module, Conv1D)
-    return Linear(name, tensor, (columns, rows) if transposed else (rows, columns), transposed)
+    return Linear(name, tensor, (columns, rows) if transposed else (rows, columns), transposed, sharers)
 
 
 def _routers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:

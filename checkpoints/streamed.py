@@ -52,6 +52,7 @@ class StreamedModel:
         move_buffers(self.model, device)
         self._decode = decode
         self._outside: set[str] = set()
+        self._stand_ins: dict[str, Callable[[], Tensor]] = {}
         self._modules = dict(self.model.named_modules())
         for module in self._modules.values():
             if isinstance(module, nn.Linear | Conv1D):
@@ -62,9 +63,8 @@ class StreamedModel:
     def load(self, block: Block) -> None:
         """Give the block's parameters real values; the weights of its linears in the type of the products."""
         self._fill([block.name], self.dtype)
-        for linear in block.linears:
-            module = self.linear(linear.name)
-            self.set_weight(linear.name, module.weight.data)
+        for name in (*(linear.name for linear in block.linears), *block.sharers):
+            self.set_weight(name, self.linear(name).weight.data)
 
     def free(self, block: Block) -> None:
         """Take the block's values away."""
@@ -87,6 +87,10 @@ class StreamedModel:
     def replace(self, name: str, weight: Tensor) -> None:
         """Exchange the weight [out, in] of a loaded linear."""
         self.set_weight(name, weight.T if isinstance(self.linear(name), Conv1D) else weight)
+
+    def stand_in(self, name: str, read: Callable[[], Tensor]) -> None:
+        """From now on, a module outside the blocks gets this weight when it is reached, not the checkpoint's."""
+        self._stand_ins[name] = read
 
     def free_outside(self) -> None:
         """Take away what modules outside the blocks (embeddings, heads, final norms) were given."""
@@ -134,8 +138,13 @@ class StreamedModel:
 
     def _load_outside(self, name: str) -> None:
         if name not in self._outside:
-            as_stored = isinstance(self._modules[name], nn.Linear | nn.Embedding)
-            self._fill(_own_state(name, self._modules[name]), None if as_stored else self.dtype)
+            if name in self._stand_ins:
+                weight = self._stand_ins[name]().to(self.device)
+                self._modules[name]._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            module = self._modules[name]
+            # Scaled embeddings multiply: that must be done in the type of the activations.
+            as_stored = isinstance(module, nn.Linear) or type(module).forward is nn.Embedding.forward
+            self._fill(_own_state(name, module), None if as_stored else self.dtype)
             self._outside.add(name)
 
     def _fill(self, prefixes: Sequence[str], dtype: torch.dtype | None) -> None:

@@ -75,6 +75,11 @@ class CheckpointWriter:
         return {name: part.record for name, part in self._journal.parts.items()}
 
     @property
+    def folder(self) -> Path:
+        """The hidden folder of the run."""
+        return self._folder
+
+    @property
     def dropped(self) -> Mapping[str, str]:
         return dict(self._dropped)
 

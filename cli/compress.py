@@ -22,8 +22,7 @@ def verb(kind: str) -> Callable[..., None]:
     options = [MODEL, RECIPE, *settings_options(STAGES[kind]), *run_options()]
     doc = (
         f"{kind.capitalize()} a model. {STAGES[kind].__doc__}\n\n"
-        f"With a recipe, options win over it. Example: modelzip {kind} ./my-model --method "
-        f"{STAGES[kind].default_method}"
+        f"With a recipe, options win over it. Example: modelzip {kind} {STAGES[kind].example}"
     )
     return command(options, lambda values: _compress(recipe_from(options, values, kind), values), doc)
 
@@ -74,6 +73,8 @@ def _run(recipe: Recipe, output: Path, values: Mapping[str, Any]) -> None:
     overwrite, resume = bool(values["overwrite"]), bool(values["resume"])
     with shown_progress() as progress:
         result = run_recipe(recipe, output=output, overwrite=overwrite, resume=resume, progress=progress)
+    if result.report is None:
+        return
     report = {**result.report, "output": str(result.report.get("output") or result.folder)}
     if values["json"]:
         write_json(report)

@@ -33,7 +33,7 @@ DATA: Final = Option(
 def evaluate() -> Callable[..., None]:
     """The command `evaluate`."""
     windows = ("windows", "seq_len", "field", "split")
-    labelled = ("task", "text", "pair", "label", "examples", "batch_size", "latency")
+    labelled = ("task", "text", "pair", "label", "examples", "batch_size", "latency", "exit_threshold")
     options = [
         MODEL,
         AGAINST,

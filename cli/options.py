@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from modelzip.compressors.settings import MethodSettings
 from modelzip.recipes.describe import allowed, choices, default, either, extra
 from modelzip.recipes.schema import Calibration, Evaluation, Recipe, Stage
 
@@ -22,6 +21,13 @@ from .failures import guarded
 
 STAGE: Final = "@stage"
 """First part of the path of an option that goes to the verb's own stage."""
+
+SEVERAL: Final = {
+    "text": "",
+    "list": "Several are separated by commas.",
+    "mapping": "As key=value, several separated by commas.",
+}
+"""How a setting that is a list or a mapping is typed, by its shape."""
 
 WIDEST: Final = 18
 """Characters of the words that an option takes, beyond which they stand in its help instead of beside it."""
@@ -84,24 +90,33 @@ def field_option(
     name = "set_" + "_".join(path).replace("@", "")
     words = choices(field)
     long = len("|".join(words)) > WIDEST
-    one_of = f"One of {either(words)}." if long else ""
-    told = " ".join(part for part in (field.description, one_of, note, _default_note(field)) if part)
+    kind = shape(field)
+    one_of = f"One of {either(words)}." if long and kind == "text" else ""
+    several = SEVERAL[kind] if path[0] == STAGE or kind == "text" else "May be repeated."
+    told = " ".join(part for part in (field.description, one_of, several, note, _default_note(field)) if part)
     if field.annotation is bool:
         negative = extra(field, "negative")
         off = f"--{negative}" if negative else f"--no-{flag.removeprefix('--')}"
         return Option(name, (f"{flag}/{off}",), told, kind="switch", path=path, panel=panel)
-    many = str(field.annotation).startswith("tuple")
-    metavar = "TEXT" if many else "WORD" if long else _metavar(field, words)
+    metavar = {"list": "LIST" if path[0] == STAGE else "TEXT", "mapping": "KEY=VALUE"}.get(kind)
+    metavar = metavar or ("WORD" if long else _metavar(field, words))
     flags = ("-o", flag) if flag == "--output" else (flag,)
-    return Option(
-        name, flags[::-1], told, kind="list" if many else "text", path=path, metavar=metavar, words=words, panel=panel
-    )
+    taken: Literal["text", "list"] = "text" if kind == "text" else "list"
+    return Option(name, flags[::-1], told, kind=taken, path=path, metavar=metavar, words=words, panel=panel)
+
+
+def shape(field: FieldInfo) -> Literal["text", "list", "mapping"]:
+    """What an option's value has to be taken apart to."""
+    annotation = str(field.annotation)
+    return "list" if annotation.startswith("tuple") else "mapping" if "Mapping[" in annotation else "text"
 
 
 def _metavar(field: FieldInfo, words: tuple[str, ...]) -> str:
     told = allowed(field)
-    if words and told == either(words):
+    if words and told in (either(words), either([*words, "null"])):
         return "|".join(words)
+    if "tuple[" in str(field.annotation):
+        return "|".join(["LIST", *words])
     number = "FLOAT" if "float" in str(field.annotation) else "INTEGER"
     return "|".join([number, *words]) if "int" in str(field.annotation) or number == "FLOAT" else "TEXT"
 
@@ -123,16 +138,8 @@ def settings_options(cls: type[Stage]) -> list[Option]:
         words=names,
         panel="Method",
     )
-    first_owner: dict[str, type[MethodSettings]] = {}
-    for settings in cls.methods.values():
-        for key in settings.model_fields:
-            first_owner.setdefault(key, settings)
-    options = [method]
-    for key, settings in first_owner.items():
-        owners = [name for name, one in cls.methods.items() if key in one.model_fields]
-        note = "" if len(owners) == len(names) else f"Only for {either(owners)}."
-        if key != "method":
-            options.append(field_option(settings, key, (STAGE, key), panel="Method", note=note))
+    keys = dict.fromkeys(key for settings in cls.methods.values() for key in settings.model_fields if key != "method")
+    options = [method, *(_setting_option(cls, key) for key in keys)]
     ignore = "Leave modules alone that fit: a glob such as *.down_proj, or re: and an expression. May be repeated."
     more = "Any other setting, as in the recipe: key=value, or section.key=value. May be repeated."
     return [
@@ -140,6 +147,30 @@ def settings_options(cls: type[Stage]) -> list[Option]:
         Option("set_stage_ignore", ("--ignore",), ignore, "list", (STAGE, "ignore"), "PATTERN", panel="Method"),
         Option("set", ("--set",), more, "list", metavar="KEY=VALUE", panel="Method"),
     ]
+
+
+def _setting_option(cls: type[Stage], key: str) -> Option:
+    """The option of a setting. Where methods mean different things by its name, the help says what each does."""
+    owners: dict[str, list[str]] = {}
+    for name, settings in cls.methods.items():
+        if key in settings.model_fields:
+            field = settings.model_fields[key]
+            meaning = f"{field.annotation} {field.description} {field.metadata} {field.default}"
+            owners.setdefault(meaning, []).append(name)
+    path = (STAGE, key)
+    if len(owners) == 1:
+        (names,) = owners.values()
+        note = "" if len(names) == len(cls.methods) else f"Only for {either(names)}."
+        return field_option(cls.methods[names[0]], key, path, panel="Method", note=note)
+    options = [field_option(cls.methods[names[0]], key, path, panel="Method") for names in owners.values()]
+    told = [f"For {either(names)}: {option.help}" for names, option in zip(owners.values(), options, strict=True)]
+    metavars = dict.fromkeys(str(option.metavar) for option in options)
+    return replace(
+        next((option for option in options if option.kind == "list"), options[0]),
+        help=" ".join(told),
+        metavar=next(iter(metavars)) if len(metavars) == 1 else "VALUE",
+        words=tuple(dict.fromkeys(word for option in options for word in option.words)),
+    )
 
 
 def calibration_options() -> list[Option]:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.fields import FieldInfo
 
 from modelzip.checkpoints.errors import ProblemsError, RecipeError
+from modelzip.compressors.settings import MethodSettings
 from modelzip.evaluation.gates import parse_gates, require_measured
+from modelzip.recipes.describe import choices
 from modelzip.recipes.files import read_recipe_file
 from modelzip.recipes.load import NOT_RENAMED, parse_recipe
-from modelzip.recipes.schema import STAGES, Recipe
+from modelzip.recipes.schema import STAGES, Recipe, Stage
 
 from .model import own_recipe
-from .options import STAGE, Option
+from .options import STAGE, Option, shape
 
 Path_ = tuple[str | int, ...]
 
@@ -37,7 +40,10 @@ def recipe_from(options: Sequence[Option], values: Mapping[str, Any], kind: str 
     given += [_assignment(one) for one in values.get("set") or ()]
     stage = () if kind is None else _stage_path(data, kind, origin)
     renamed: dict[str, str] = {}
+    method = None if kind is None else _method(data, stage, STAGES[kind], asked=values.get("set_stage_method"))
     for path, value, said in given:
+        if path[0] == STAGE and method is not None and path[1] in method.model_fields:
+            value = _taken_apart(method.model_fields[path[1]], value, said)
         whole: Path_ = (*stage, *path[1:]) if path[0] == STAGE else path
         if _put(data, whole, value):
             renamed[_dotted(whole)] = said
@@ -103,6 +109,38 @@ def _stage_path(data: dict[str, Any], kind: str, origin: str) -> Path_:
             f"use `modelzip run {origin}`"
         )
     return ("stages", found[0] if found else 0, kind)
+
+
+def _method(
+    data: Mapping[str, Any], stage: Path_, cls: type[Stage], *, asked: str | None
+) -> type[MethodSettings] | None:
+    """The settings class of the verb's own stage, None if there is none of that name."""
+    found: Any = data
+    for key in stage:
+        if isinstance(found, list) and isinstance(key, int) and key < len(found):
+            found = found[key]
+        else:
+            found = found.get(key) if isinstance(found, Mapping) else None
+    written = found.get("method") if isinstance(found, Mapping) else None
+    return cls.methods.get(str(asked or written or cls.default_method))
+
+
+def _taken_apart(field: FieldInfo, value: Any, said: str) -> Any:
+    """What an option's words mean to this method: `0,2` is a list to one that takes a list."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str) for one in texts):
+        return value
+    parts = [part.strip() for one in texts for part in one.split(",")]
+    if shape(field) == "list" or ("tuple[" in str(field.annotation) and value not in choices(field)):
+        return parts
+    if shape(field) == "mapping":
+        pairs = [part.partition("=") for part in parts]
+        if not all(key and equals for key, equals, _ in pairs):
+            raise RecipeError(f"{said} {','.join(texts)}: must be KEY=VALUE, several separated by commas")
+        return {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
+    if len(texts) > 1:
+        raise RecipeError(f"{said}: is given {len(texts)} times, but is one value to this method")
+    return texts[0]
 
 
 def _put(data: Any, path: Path_, value: Any) -> bool:

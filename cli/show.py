@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -48,7 +48,23 @@ def show_report(report: Mapping[str, Any]) -> None:
         lines.append(Text(f"and {len(fallbacks) - 10} more fallbacks, all in report.json"))
     if report.get("output"):
         lines.append(Text(f"output: {report['output']}"))
-    write_rich(*([table] if table.row_count else []), *lines)
+    exits = _exits((report.get("evaluation") or {}).get("exits") or ())
+    write_rich(*([table] if table.row_count else []), *([exits] if exits.row_count else []), *lines)
+
+
+def _exits(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for each threshold of a model with exits, timed against the whole model."""
+    table = Table("threshold", "accuracy", "layers", title="Exits", title_justify="left")
+    for row in rows[:1]:
+        for timed in row["latency"].values():
+            table.add_column(f"ms an example, {timed['batch_size']} at once")
+    for row in rows:
+        accuracy = f"{row['accuracy']:.2%} ({row['low']:.1%} to {row['high']:.1%})"
+        times = (
+            f"{timed['compressed_ms']:.2f} ({timed['speedup']:.2f} times faster)" for timed in row["latency"].values()
+        )
+        table.add_row(f"{row['threshold']:g}", accuracy, f"{row['layers']:.2f}", *times)
+    return table
 
 
 def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -7,14 +7,14 @@ of one window at a time are compared, and only that window's logits are in memor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from modelzip.checkpoints.streamed import StreamedModel
+from modelzip.checkpoints.blocks import Structure
 
 from .outputs import main_output
 
@@ -23,6 +23,20 @@ CHUNK = 16
 
 GROUP_BYTES = 24 << 20
 """Hidden states of one model in a group of windows, unless its blocks are larger: each group reads the model anew."""
+
+
+class Running(Protocol):
+    """A model that batches are run through, streamed or whole."""
+
+    device: torch.device
+    structure: Structure
+
+    @property
+    def model(self) -> Any: ...
+
+    def outputs(self, batches: Sequence[Mapping[str, Tensor]]) -> Generator[Any, None, None]:
+        """The forward's output for each batch, one in memory at a time."""
+        ...
 
 
 @dataclass
@@ -69,8 +83,8 @@ class Tally:
 
 
 def measure(
-    compressed: StreamedModel,
-    original: StreamedModel | None,
+    compressed: Running,
+    original: Running | None,
     windows: Tensor,
     *,
     inputs: Callable[[Tensor], Mapping[str, Tensor]],
@@ -113,13 +127,14 @@ def _relative(lost: float, norm: float) -> float | None:
     return math.sqrt(lost / norm) if norm else None
 
 
-def _width(model: StreamedModel) -> int:
+def _width(model: Running) -> int:
     return int(model.model.config.get_text_config().hidden_size)
 
 
-def group_bytes(model: StreamedModel) -> int:
+def group_bytes(model: Running) -> int:
     """Bytes of hidden states that may wait between two blocks."""
-    largest = max(sum(math.prod(linear.shape) for linear in block.linears) for block in model.structure.blocks)
+    blocks = model.structure.blocks
+    largest = max((sum(math.prod(linear.shape) for linear in block.linears) for block in blocks), default=0)
     return max(GROUP_BYTES, 4 * largest)
 
 

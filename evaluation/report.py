@@ -17,8 +17,15 @@ from pydantic import ValidationError
 
 from modelzip.checkpoints.errors import RecipeError
 
+from .exits_report import exits_table
 from .fallbacks import gathered
+from .markdown import code as _code
+from .markdown import fold as _fold
+from .markdown import number as _number
+from .markdown import share as _share
+from .markdown import table as _table
 from .schema import EvaluationResult, Module, Report, StageResult
+from .training_report import training_lines
 
 __all__ = ["Report", "report_json", "report_markdown", "report_schema", "validate", "write_report"]
 
@@ -64,6 +71,8 @@ def report_markdown(report: Report) -> str:
         _title(report),
         _headline(report),
         _stages(report.stages),
+        exits_table(() if report.evaluation is None else report.evaluation.exits),
+        training_lines(report.stages),
         _cost(report),
         _protocol(report),
         _fallbacks(report.fallbacks),
@@ -228,27 +237,3 @@ def _badness(module: Module) -> float:
     """Output error where it was measured, else weight error; NaN counts as worst."""
     error = module.weight_error if module.error is None else module.error
     return math.inf if math.isnan(error) else error
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _share(value: float | None, low: float | None, high: float | None) -> str:
-    """A share of 0 to 1 in percent, with its interval."""
-    if value is None or low is None or high is None:
-        return "–"
-    return f"{100 * value:.2f} % ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('`', '')}`"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _fold(summary: str, body: str) -> str:
-    return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"

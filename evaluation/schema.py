@@ -108,6 +108,17 @@ class Latency(Section):
     batched: Timed = Field(description="In batches")
 
 
+class ExitsTaken(Section):
+    threshold: float = Field(description="Uncertainty, 0 to 1, below which a text leaves")
+    accuracy: float = Field(description="Share of labelled examples put into the right class by the exits they take")
+    low: float = Field(description="Lower end of its 95 % interval (Wilson 1927)")
+    high: float = Field(description="Upper end of it")
+    layers: float = Field(description="Mean number of layers that ran for an example")
+    latency: Latency = Field(
+        description="Timed in turns with the whole model, which stands as the original: the same one at threshold 0"
+    )
+
+
 class EvaluationResult(Section):
     protocol: Protocol = Field(description="How it was measured; figures compare only under the same protocol")
     perplexity: Perplexity = Field(description="exp of the mean negative log-likelihood a token")
@@ -128,6 +139,9 @@ class EvaluationResult(Section):
     )
     latency: Latency | None = Field(
         None, description="Both models timed in turns in one process; null unless it was asked for"
+    )
+    exits: tuple[ExitsTaken, ...] = Field(
+        (), description="A row for each threshold that was asked for of a model with exits"
     )
 
 
@@ -165,6 +179,11 @@ class StageResult(Section):
     bytes_after: int = Field(description="Bytes of all weights after it")
     seconds: float | None = Field(description="Wall time, in seconds; null if an interrupted run had finished it")
     evaluation: EvaluationResult | None = Field(description="Quality after it; null if it was not measured")
+    details: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="What it did: of training data, teacher, steps, losses, the best and the kept measurement and the "
+        "curve; of structural pruning what was removed, by module; empty where it is told in modules",
+    )
 
 
 class Environment(Section):

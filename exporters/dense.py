@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -116,7 +116,8 @@ def _decoded(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entr
             f"{checkpoint.source} is {error}, which modelzip doesn't read: it reads its own outputs and "
             "compressed-tensors pack-quantized."
         ) from None
-    model = skeleton(checkpoint)
+    plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    model = skeleton(replace(checkpoint, config=plain))  # the model that will be opened: all sizes are config.json's
     wanted = dtype or _own_dtype(checkpoint)
     for place in compressed_places(checkpoint, model):
         path = located(model, place.module)

@@ -13,6 +13,7 @@ from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.tokenizer_files import SENTENCEPIECE
 from modelzip.recipes.schema import Calibration, Evaluation
+from modelzip.weights.exits import ExitsForSequenceClassification
 
 from .progress import Progress
 from .selftext import self_windows
@@ -126,6 +127,8 @@ def evaluation_windows(evaluation: Evaluation, checkpoint: Checkpoint, model: An
 
 def longest(model: Any) -> int:
     """Most tokens that the model's positions allow."""
+    if isinstance(model, ExitsForSequenceClassification):
+        return longest(model.base)
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:

@@ -12,12 +12,15 @@ from typing import Any
 
 from modelzip.checkpoints.index import Checkpoint
 
+from . import ranks
 from .classify import by_labels, classification_section
 from .context import Run
 from .engines import run_stage
 from .identity import provenance_of, read_provenance
 from .measure import evaluation_section
 from .text import Windows
+from .tokens import same_tokens, windows_for
+from .train.plan import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ def run_chain(
 ) -> list[StageDone]:
     """Run all stages; all but the last write where `run.targets` says, and are measured if the recipe asks for it.
 
-    With `resume`, stages that are finished are not run again, nor what was measured of them measured again.
+    With `resume`, stages that are finished are not run again, nor what was measured of them measured again. Of several
+    processes, all take part where a stage trains; the main one does everything else.
     """
     done: list[StageDone] = []
     source = run.checkpoint
@@ -45,23 +49,29 @@ def run_chain(
         is_last = target == run.output
         stage = run.context.recipe.stages[number]
         begin = time.perf_counter()
-        earlier = read_provenance(target, run.context.fingerprint) if resume else None
-        if earlier is None:
+        is_there = resume and ranks.is_main()
+        earlier = ranks.told(read_provenance(target, run.context.fingerprint) if is_there else None)
+        records: dict[str, Any] = {}
+        if earlier is not None:
+            records = earlier["stages"][-1]["records"]
+        elif ranks.is_main() or isinstance(plan, TrainingPlan):
+            windows = calibration if plan.needs_data else None
+            if windows is not None:
+                windows = windows_for(source, windows, original=run.checkpoint, context=run.context)
             records = run_stage(
                 plan,
                 source,
                 target=target,
-                windows=calibration if plan.needs_data else None,
+                windows=windows,
                 describe=_describer(run, done),
                 overwrite=overwrite or target in run.passing,
                 resume=resume,
                 context=run.context,
             )
-        else:
-            records = earlier["stages"][-1]["records"]
+        ranks.wait()
         seconds = time.perf_counter() - begin if earlier is None else None
         source = Checkpoint.open(str(target))
-        evaluation = None if is_last else _measured_once(run, number, source, kept)
+        evaluation = None if is_last or not ranks.is_main() else _measured_once(run, number, source, kept)
         done.append(StageDone(plan.kind, stage.settings.label, records, source.nbytes, seconds, evaluation))
     return done
 
@@ -95,7 +105,7 @@ def measured(run: Run, result: Checkpoint, kept: Windows | None) -> dict[str, An
         found = classification_section(
             result, run.checkpoint, recipe.evaluate, dtype=recipe.dtype, device=device, progress=progress
         )
-    elif kept is not None and not run.by_labels:
+    elif kept is not None and not run.by_labels and same_tokens(result, run.checkpoint):
         found = evaluation_section(result, run.checkpoint, kept, dtype=recipe.dtype, device=device, progress=progress)
     run.context.clock.add("evaluate", begin)
     return found

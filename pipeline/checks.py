@@ -20,6 +20,7 @@ from .context import Run
 from .engines import stage_fingerprint
 from .identity import header_hash
 from .room import check_machine
+from .tokens import same_tokens, vocabulary_size
 
 REPORT: Final = "report.json"
 
@@ -99,14 +100,27 @@ def check_room(run: Run, *, overwrite: bool, resume: bool) -> None:
 
 def check_comparable(model: Checkpoint, original: Checkpoint) -> None:
     """Raise RecipeError if the two models don't speak of the same tokens."""
-    sizes = [_vocabulary(one.config) for one in (model, original)]
-    if None not in sizes and sizes[0] != sizes[1]:
+    if not same_tokens(model, original):
+        sizes = [vocabulary_size(one.config) for one in (model, original)]
         raise RecipeError(
             f"{model.source} has a vocabulary of {sizes[0]} tokens and {original.source} one of {sizes[1]}: name the "
             "original that it was made from with --against."
         )
 
 
-def _vocabulary(config: dict[str, Any]) -> int | None:
-    size = {**config, **config.get("text_config", {})}.get("vocab_size")
-    return size if isinstance(size, int) else None
+def incomparable(run: Run) -> str | None:
+    """Why windows of text can't show what the result has lost, as a sentence; None if they can, or aren't to."""
+    result = run.plans[-1].result
+    if not run.context.recipe.evaluate.enabled or run.by_labels or same_tokens(result, run.checkpoint):
+        return None
+    before, after = (vocabulary_size(one.config) for one in (run.checkpoint, result))
+    return (
+        f"the result isn't compared with the original: of {before} tokens it has {after}, so the same text is other "
+        "tokens to it; labelled examples (evaluate.data) compare classifiers with different tokens"
+    )
+
+
+def check_comparison(gates: Sequence[Gate], run: Run) -> None:
+    """Raise RecipeError for a condition on a comparison that can't be made."""
+    if gates and (reason := incomparable(run)) is not None:
+        raise RecipeError(f'The condition "{gates[0].text}" can\'t be checked: {reason}.')

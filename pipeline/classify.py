@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 import torch
@@ -15,16 +14,17 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.evaluation.classification import classified
 from modelzip.evaluation.latency import interleaved
 from modelzip.recipes.schema import Evaluation
+from modelzip.weights.exits import ExitsConfig
 
+from .early_exits import exits_section
 from .feeding import Fed, class_logits, feed, open_classifier, open_whole, outputs
 from .labelled import Examples, check_examples, read_examples
+from .latency import TIMED, timed
 from .progress import Progress
 from .rows import read_table
 from .text import check_source
 
 HEAD: Final = "ForSequenceClassification"
-TIMED: Final = 64
-"""Examples over which latency is taken: the first ones."""
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -121,6 +121,8 @@ def classification_section(
     figures = classified(logits[1] if original is not None else None, logits[0], labels)
     if evaluation.latency and original is not None:
         figures["latency"] = latency_section(compressed, original, examples, evaluation, dtype=number, device=device)
+    if evaluation.exit_threshold and compressed.config.get("model_type") == ExitsConfig.model_type:
+        figures["exits"] = exits_section(compressed, examples, evaluation, dtype=number, device=device)
     return {
         "protocol": {
             "source": examples.source,
@@ -175,13 +177,7 @@ def latency_section(
     for name, size in (("single", 1), ("batched", evaluation.batch_size)):
         fed = [feed(*pair, first, seq_len=evaluation.seq_len, batch_size=size) for pair in pairs]
         times = interleaved(*(_work(one, device) for one in fed))
-        found[name] = {
-            "batch_size": size,
-            "examples": len(first),
-            "original_ms": 1e3 * median(times.first) / len(first),
-            "compressed_ms": 1e3 * median(times.second) / len(first),
-            "speedup": times.ratio,
-        }
+        found[name] = timed(times, batch_size=size, count=len(first))
     return found
 
 

@@ -54,7 +54,7 @@ class Run:
         whole = Path(os.path.abspath(self.output))
         stages = self.context.recipe.stages
         return [
-            Path(stage.keep).expanduser() if stage.keep else whole.with_name(f".{whole.name}.stage{number}")
+            Path(stage.output).expanduser() if stage.output else whole.with_name(f".{whole.name}.stage{number}")
             for number, stage in enumerate(stages[:-1], 1)
         ] + [self.output]
 
@@ -62,4 +62,4 @@ class Run:
     def passing(self) -> list[Path]:
         """The hidden ones among them, which are gone at the end."""
         stages = self.context.recipe.stages[:-1]
-        return [target for stage, target in zip(stages, self.targets, strict=False) if not stage.keep]
+        return [target for stage, target in zip(stages, self.targets, strict=False) if not stage.output]

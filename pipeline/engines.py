@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from modelzip.checkpoints.index import Checkpoint
 
@@ -15,7 +15,10 @@ from .plans import Plan
 from .structural import StructuralPlan, run_structural, structural_fingerprint
 from .text import Windows
 from .train.plan import TrainingPlan
-from .training import run_training, training_fingerprint
+from .training import run_training, training_fingerprint, training_section
+
+LISTED: Final = 64
+"""Members of a list, at most, that a report repeats; longer ones are in modelzip.json alone."""
 
 
 def stage_fingerprint(context: Context, plan: Plan) -> str:
@@ -28,6 +31,21 @@ def stage_fingerprint(context: Context, plan: Plan) -> str:
         case TrainingPlan():
             return training_fingerprint(context, plan)
     raise AssertionError(f"a plan of no engine: {plan}")
+
+
+def stage_details(plan: Plan, records: Mapping[str, Any]) -> dict[str, Any]:
+    """The report's `details` of a stage: nothing for one whose modules have rows of their own."""
+    match plan:
+        case StructuralPlan():
+            return {module: _brief(record) for module, record in records.items()}
+        case TrainingPlan():
+            return training_section(records)
+    return {}
+
+
+def _brief(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Without long lists of what was kept, such as a thousand neurons."""
+    return {key: value for key, value in record.items() if not isinstance(value, list) or len(value) <= LISTED}
 
 
 def run_stage(

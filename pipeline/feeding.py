@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from modelzip.checkpoints.blocks import is_own
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.streamed import StreamedModel
@@ -18,9 +19,6 @@ from modelzip.evaluation.agreement import group_bytes
 from .calibrate import longest, tokenizer_of
 from .labelled import Batch, Examples, batches_by_length, count_cut, encode
 from .measure import streamed_model
-
-OWN: Final = "modelzip-"
-"""Models of a type of our own are small and have no blocks to stream: they are opened whole."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Fed:
 
 def open_classifier(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
     """The checkpoint as a streamed model, or whole in memory where it has no blocks."""
-    if str(checkpoint.config.get("model_type")).startswith(OWN):
+    if is_own(checkpoint):
         return open_whole(checkpoint, dtype, device)
     return streamed_model(checkpoint, dtype, device)
 

@@ -23,9 +23,10 @@ Settings = TypeVar("Settings", bound=MethodSettings)
 
 
 def fitted(settings: Settings, columns: int) -> tuple[Settings, str]:
-    """The settings with a group size that divides the columns, and what was changed; those without one stay."""
+    """The settings with a group size that divides the columns, and what was changed; those without bits stay."""
     size = getattr(settings, "group_size", None)
-    if not isinstance(size, int) or columns % size == 0:
+    has_groups = getattr(settings, "bits", None) is not None
+    if not has_groups or not isinstance(size, int) or columns % size == 0:
         return settings, ""
     fitting = [
         1 << power for power in range(4, 16) if SMALLEST_GROUP <= 1 << power < size and columns % (1 << power) == 0

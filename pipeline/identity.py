@@ -39,9 +39,10 @@ def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
     weights = {info.file for info in checkpoint.tensors.values()}
     files = sorted(weights | {checkpoint.folder / path for path in checkpoint.side_files})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    source = recipe.calibration.source
-    if Path(source).is_file():
-        stats.append((Path(source).name, Path(source).stat().st_size, Path(source).stat().st_mtime_ns))
+    corpora = [getattr(stage.settings, "corpus", None) for stage in recipe.stages]
+    for text in (recipe.calibration.source, *corpora):
+        if text is not None and Path(text).is_file():
+            stats.append((Path(text).name, Path(text).stat().st_size, Path(text).stat().st_mtime_ns))
     versions = {name: package_version(name) for name in PACKAGES}
     whole = [data, stats, header_hash(checkpoint), versions, dispatch.path(), dispatch.product_path()]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

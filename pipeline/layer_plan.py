@@ -13,13 +13,10 @@ import torch
 
 from modelzip.checkpoints.blocks import Linear, Structure, find_structure, skeleton
 from modelzip.checkpoints.errors import CheckpointError
-from modelzip.checkpoints.headers import TensorInfo
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.compressors.factorize.budget import SMALLEST, ratio_for_budget
 from modelzip.compressors.factorize.settings import FactorizeSettings
-from modelzip.compressors.layer import LayerMethod
-from modelzip.compressors.methods import METHODS
 from modelzip.compressors.settings import MethodSettings
 from modelzip.recipes.match import matches, settings_for, unmatched
 from modelzip.recipes.schema import Stage
@@ -28,33 +25,19 @@ from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, decoder, quan
 from modelzip.weights.value import CompressedWeight
 
 from .forms import described, expected, fitted, taken_group
+from .headers import info_of
+from .module_plan import ModulePlan, method_of, value_dtype
 from .portable import choose_layout
 from .request import Request
 from .room import memory_needed
+from .serving import at_sharers, shared_after
+from .table_plan import plan_tables
 
 MEND = {
     "quantize": "take fewer bits or larger groups",
     "prune": "take a higher sparsity",
     "factorize": "take a smaller ratio",
 }
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """What is to become of one linear. before, after: on the meta device. note: why its settings aren't the stage's."""
-
-    name: str
-    settings: MethodSettings
-    before: CompressedWeight
-    after: CompressedWeight
-    note: str
-    linear: Linear
-    replaces: tuple[str, ...]  # tensors of the checkpoint
-
-    @property
-    def stem(self) -> str:
-        """What stands before `weight` in its tensors' names."""
-        return self.linear.tensor.removesuffix("weight")
 
 
 @dataclass(frozen=True)
@@ -111,7 +94,8 @@ def plan_layers(request: Request) -> LayerPlan:
     names = NameMap(model, checkpoint)
     structure = find_structure(model, checkpoint, names=names)
     now = weights_now(checkpoint, structure, names)
-    modules, refused = _modules(request, structure, now, names)
+    tables, left = plan_tables(stage, checkpoint, model, names=names, structure=structure)
+    modules, refused = _modules(request, structure, now, names, tables)
     weights = {name: weight for name, weight in now.items() if weight.kind != "dense"}
     weights |= {module.name: module.after for module in modules}
     before = checkpoint.nbytes
@@ -132,18 +116,14 @@ def plan_layers(request: Request) -> LayerPlan:
         layout=layout,
         bytes_before=before,
         bytes_after=after,
-        memory_bytes=memory_needed(request.recipe, checkpoint, structure, model.config, needs_data=needs_data),
+        memory_bytes=memory_needed(request.recipe, checkpoint, structure, model.config, needs_data=needs_data)
+        + sum(_also_held(module) for module in modules),
         disk_bytes=after + request.disk_before,
         needs_data=needs_data,
         propagate=getattr(stage.settings, "propagate", "compressed"),
-        notes=(*layout_note, *_notes(structure, modules, refused)),
+        notes=(*layout_note, *_notes(structure, modules, {**refused, **left})),
         result=_result(checkpoint, modules, weights),
     )
-
-
-def method_of(settings: MethodSettings) -> LayerMethod:
-    """The method that these settings are of."""
-    return METHODS[type(settings)]
 
 
 def weights_now(checkpoint: Checkpoint, structure: Structure, names: NameMap) -> dict[str, CompressedWeight]:
@@ -172,21 +152,20 @@ def weights_now(checkpoint: Checkpoint, structure: Structure, names: NameMap) ->
     return found
 
 
-def value_dtype(weight: CompressedWeight) -> torch.dtype:
-    """The type in which values and scales made from this weight are stored: its own, fp32 for fp64."""
-    dtype = next(tensor.dtype for tensor in weight.tensors().values() if tensor.is_floating_point())
-    return torch.float32 if dtype == torch.float64 else dtype
-
-
 def _modules(
-    request: Request, structure: Structure, now: Mapping[str, CompressedWeight], names: NameMap
+    request: Request,
+    structure: Structure,
+    now: Mapping[str, CompressedWeight],
+    names: NameMap,
+    tables: list[ModulePlan],
 ) -> tuple[list[ModulePlan], dict[str, str]]:
-    """The modules that the stage works on, and those that the method refuses, with the reason."""
+    """The modules that the stage works on, tables first, and those that the method refuses, with the reason."""
     stage, where, problems = request.stage, request.where, request.problems
     linears = [linear for block in structure.blocks for linear in block.linears]
     sized = _sizer(request, linears, now)
-    problems.extend(_patterns(stage, [linear.name for linear in linears], structure, where=where))
-    modules: list[ModulePlan] = []
+    named = [*(linear.name for linear in linears), *(table.name for table in tables)]
+    problems.extend(_patterns(stage, named, structure, where=where))
+    modules = list(tables)
     refused: dict[str, str] = {}
     misfits: list[str] = []
     for linear in linears:
@@ -258,24 +237,24 @@ def _sizer(
 
 def _result(checkpoint: Checkpoint, modules: list[ModulePlan], weights: Mapping[str, CompressedWeight]) -> Checkpoint:
     """The checkpoint that will be there, from its headers."""
-    names_of = {dtype: name for name, dtype in DTYPES.items()}
     replaced = {name for module in modules for name in module.replaces}
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in replaced}
     for module in modules:
         for suffix, tensor in module.after.tensors().items():
-            name = module.stem + suffix
-            tensors[name] = TensorInfo(name, names_of[tensor.dtype], tuple(tensor.shape), tensor.nbytes, Path(), 0)
-    own = quantization_config(
-        {name: weight.meta() for name, weight in weights.items()}, layout=MODELZIP, linears=(), shared={}
-    )
+            tensors[module.stem + suffix] = info_of(module.stem + suffix, tensor)
+    linears = [module.linear for module in modules]
+    metas = {name: weight.meta() for name, weight in weights.items()}
     before = checkpoint.quantization or {}
+    shared = shared_after(before.get("shared", {}), metas, linears)
+    own = quantization_config(at_sharers(metas, linears), layout=MODELZIP, linears=(), shared=shared)
     if before.get("quant_method") == MODELZIP:
-        own = {**before, **own, "modules": {**before["modules"], **own["modules"]}, "shared": before["shared"]}
+        own = {**before, **own, "modules": {**before["modules"], **own["modules"]}}
     return replace(checkpoint, config={**checkpoint.config, "quantization_config": own}, tensors=tensors)
 
 
 def _patterns(stage: Stage, linears: list[str], structure: Structure, *, where: str) -> list[str]:
     left_alone = dict(structure.left_alone)
+    left_alone |= {one: f"it uses the weight of {owner}" for b in structure.blocks for one, owner in b.sharers.items()}
     sentences = []
     for pattern in unmatched(stage, linears):
         elsewhere = next((name for name in left_alone if matches(pattern, name)), None)
@@ -317,13 +296,29 @@ def _layout(
     return layout, []
 
 
+def _also_held(module: ModulePlan) -> int:
+    """Memory in bytes for what an ordinary linear doesn't need: a table in fp32, or statistics of several layers."""
+    rows, columns = module.linear.shape
+    if module.is_table:
+        return 8 * rows * columns
+    is_pooled = module.linear.sharers and method_of(module.settings).statistic == "hessian"
+    return 8 * columns * columns if is_pooled else 0
+
+
 def _notes(structure: Structure, modules: list[ModulePlan], refused: Mapping[str, str]) -> list[str]:
     notes = []
     changed = [(module.note, taken_group(module.settings)) for module in modules if module.note]
     for note, taken in sorted(set(changed)):
         notes.append(f"{note}: {taken} is taken for {changed.count((note, taken))} of {len(modules)} modules")
+    serving = [module for module in modules if module.linear.sharers and not module.is_table]
+    if serving:
+        notes.append(
+            f"{len(serving)} matrices serve several layers: each is compressed once, for the inputs of all of them"
+        )
     kinds: dict[str, list[str]] = {}
-    for name, reason in (*refused.items(), *structure.left_alone):
-        kinds.setdefault(reason, []).append(name)
+    planned = {name for module in modules for name in (module.name, *module.linear.sharers)}
+    for name, reason in {**dict(structure.left_alone), **refused}.items():
+        if name not in planned:
+            kinds.setdefault(reason, []).append(name)
     notes += [f"left alone ({reason}): {names[0]}{_others(names)}" for reason, names in kinds.items()]
     return notes

@@ -23,6 +23,7 @@ from .identity import PROVENANCE
 from .layer_plan import LayerPlan, weights_now
 from .layerwise import Job, compress_blocks
 from .measure import open_streamed
+from .serving import at_sharers, shared_after
 from .text import Windows
 
 HIDDEN_SHARE = 0.4
@@ -60,7 +61,8 @@ def run_layers(
         begin = context.clock.add("open", begin)
         job = Job(
             kind=plan.kind,
-            targets={module.name: module for module in plan.modules},
+            targets={module.name: module for module in plan.modules if not module.is_table},
+            tables=tuple(module for module in plan.modules if module.is_table),
             seed=context.recipe.seed,
             propagate=plan.propagate,
             spill_limit=int(HIDDEN_SHARE * psutil.virtual_memory().available),
@@ -85,9 +87,12 @@ def _quantization(
     metas |= {name: record["weight"] for name, record in records.items() if record["weight"] is not None}
     before = source.quantization or {}
     own = before if before.get("quant_method") == MODELZIP else {"modules": {}, "shared": {}}
-    metas = {**own["modules"], **{name: meta for name, meta in metas.items() if meta["kind"] != Dense.kind}}
-    if not metas:
+    changed = [module.linear for module in plan.modules if records[module.name]["weight"] is not None]
+    shared = shared_after(own["shared"], metas, changed)
+    metas = at_sharers({name: meta for name, meta in metas.items() if meta["kind"] != Dense.kind}, changed)
+    metas = {**own["modules"], **metas}
+    if not metas and not shared:
         return None
     linears = [name for name, module in streamed.model.named_modules() if isinstance(module, nn.Linear)]
-    made = quantization_config(metas, layout=plan.layout, linears=linears, shared=own["shared"])
+    made = quantization_config(metas, layout=plan.layout, linears=linears, shared=shared)
     return {**own, **made} if plan.layout == MODELZIP else made

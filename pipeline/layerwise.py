@@ -18,23 +18,24 @@ import torch
 from torch import Tensor
 
 from modelzip.checkpoints.blocks import Block, Linear
-from modelzip.checkpoints.errors import CheckpointError, ModelzipError
+from modelzip.checkpoints.errors import ModelzipError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.streamed import StreamedModel, start
 from modelzip.checkpoints.walk import Walk
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.compressors.layer import LayerMethod
 from modelzip.compressors.settings import MethodSettings
-from modelzip.weights.kinds import from_tensors
-from modelzip.weights.layouts import decoder
 from modelzip.weights.value import CompressedWeight
 
 from . import solve
 from .clock import Clock
-from .hessian import accumulate, finish, relative_error
-from .layer_plan import ModulePlan, method_of, value_dtype
+from .hessian import accumulate, finish
+from .matrices import dense_weight, record_of, require_finite, stored_weight, written_weight
+from .module_plan import ModulePlan, method_of, value_dtype
 from .progress import Progress
+from .serving import pooled_statistics
 from .solve import Statistic
+from .table_stage import round_table
 
 MOST_FALLBACKS = 0.1
 """Share of modules that may fall back to rounding; more is an error, since that isn't the method asked for."""
@@ -42,7 +43,8 @@ MOST_FALLBACKS = 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """What the engine is to do. targets: the plan of each linear to be compressed, by module name."""
+    """What the engine is to do. targets: the plan of each linear to be compressed, by module name; tables: those of
+    embeddings."""
 
     kind: str
     targets: Mapping[str, ModulePlan]
@@ -50,6 +52,16 @@ class Job:
     seed: int
     spill_limit: int
     spill_folder: Path | None
+    tables: tuple[ModulePlan, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Found before the first linear is compressed. surveyed: by the method, over all matrices. pooled: the statistics
+    of matrices that serve several layers, by the first one's name."""
+
+    surveyed: Any
+    pooled: Mapping[str, Statistic]
 
 
 def compress_blocks(
@@ -61,14 +73,21 @@ def compress_blocks(
     clock: Clock,
     progress: Progress,
 ) -> None:
-    """Compress every target and write each block as a part, with a record for each module.
+    """Compress every table and target and write each table and block as a part, with a record for each module.
 
     Without batches (methods that need no data) blocks are only read, compressed and written. Blocks that the writer
     has already are not compressed again: the batches run through them as they were written. Gradients must be off.
     Raises CheckpointError for weights that aren't finite, ModelzipError if too many modules had to fall back.
     """
     blocks = streamed.structure.blocks
-    surveyed = survey(job, streamed.checkpoint)
+    begin = time.perf_counter()
+    ahead = [plan for plan in job.targets.values() if not _is_written(plan.name, writer)]
+    limits: dict[str, Any] = {"spill_limit": job.spill_limit, "spill_folder": job.spill_folder}
+    known = _Known(survey(job, streamed.checkpoint), pooled_statistics(streamed, batches, ahead, **limits))
+    begin = clock.add("statistics", begin)
+    for plan in job.tables:
+        round_table(plan, streamed, writer=writer, seed=job.seed, propagate=job.propagate)
+    clock.add("solve", begin)
     walk = streamed.walk(batches, spill_limit=job.spill_limit, spill_folder=job.spill_folder)
     try:
         begin = time.perf_counter()
@@ -77,9 +96,7 @@ def compress_blocks(
         last = max((i for i, block in enumerate(blocks) if _wanted(block, job)), default=-1)
         for number, block in enumerate(blocks[: last + 1]):
             progress.step(job.kind, number, len(blocks), block.name)
-            _one_block(
-                job, streamed, block, surveyed=surveyed, walk=walk, writer=writer, clock=clock, is_last=number == last
-            )
+            _one_block(job, streamed, block, known=known, walk=walk, writer=writer, clock=clock, is_last=number == last)
         progress.step(job.kind, len(blocks), len(blocks))
     finally:
         walk.close()
@@ -95,7 +112,7 @@ def _one_block(
     streamed: StreamedModel,
     block: Block,
     *,
-    surveyed: Any,
+    known: _Known,
     walk: Walk,
     writer: CheckpointWriter,
     clock: Clock,
@@ -106,6 +123,7 @@ def _one_block(
     if is_last and (not wanted or block.name in writer.done):
         return
     streamed.load(block)
+    _restore_shared(job, streamed, block, writer)
     clock.add("read", begin)
     if block.name in writer.done:
         if job.propagate == "compressed":
@@ -116,7 +134,7 @@ def _one_block(
                 writer.done[block.name],
             )
     elif wanted:
-        work = _BlockWork(job, streamed, surveyed, walk=walk, clock=clock)
+        work = _BlockWork(job, streamed, known, walk=walk, clock=clock)
         work.run(block, wanted)
         begin = time.perf_counter()
         plans = [job.targets[linear.name] for linear in wanted]
@@ -157,11 +175,27 @@ def _restore(
 ) -> None:
     """Put the weights that an earlier run wrote into the loaded block."""
     for plan in plans:
-        meta = record["modules"][plan.name]["weight"]
-        if meta is not None:
-            tensors = {n.removeprefix(plan.stem): t for n, t in part.items() if n.startswith(plan.stem)}
-            weight = from_tensors(tensors, meta)
+        weight = written_weight(plan, part, record)
+        if weight is not None:
             streamed.replace(plan.name, weight.dense(streamed.product_dtype).to(streamed.device))
+
+
+def _restore_shared(job: Job, streamed: StreamedModel, block: Block, writer: CheckpointWriter) -> None:
+    """Put weights that were written with an earlier block into this one, which uses them too."""
+    users = {name: job.targets[owner] for name, owner in block.sharers.items() if owner in job.targets}
+    if job.propagate != "compressed" or not users:
+        return
+    for part, record in writer.done.items():
+        here = {name: plan for name, plan in users.items() if plan.name in record["modules"]}
+        tensors = writer.read_part(part) if here else {}
+        for name, plan in here.items():
+            weight = written_weight(plan, tensors, record)
+            if weight is not None:
+                streamed.replace(name, weight.dense(streamed.product_dtype).to(streamed.device))
+
+
+def _is_written(name: str, writer: CheckpointWriter) -> bool:
+    return any(name in record["modules"] for record in writer.done.values())
 
 
 def survey(job: Job, checkpoint: Checkpoint) -> Any:
@@ -171,31 +205,14 @@ def survey(job: Job, checkpoint: Checkpoint) -> Any:
         return None
     (look,) = methods
     assert look is not None
-    return look((plan.settings, _dense(plan, checkpoint)) for plan in job.targets.values())
-
-
-def _stored(plan: ModulePlan, checkpoint: Checkpoint) -> CompressedWeight | None:
-    """The weight as the checkpoint holds it, None if that is dense."""
-    if plan.before.kind == "dense":
-        return None
-    assert checkpoint.quantization is not None
-    tensors = {name.removeprefix(plan.stem): tensor for name, tensor in checkpoint.read(plan.replaces).items()}
-    return decoder(checkpoint.quantization)(plan.name, tensors)
-
-
-def _dense(plan: ModulePlan, checkpoint: Checkpoint) -> Tensor:
-    stored = _stored(plan, checkpoint)
-    if stored is not None:
-        return stored.dense(torch.float32)
-    weight = checkpoint.read([plan.linear.tensor], dtype=torch.float32)[plan.linear.tensor]
-    return weight.T if plan.linear.transposed else weight
+    return look((plan.settings, dense_weight(plan, checkpoint)) for plan in job.targets.values())
 
 
 class _BlockWork:
     """One block's linears, compressed in the order in which the batches reach them."""
 
-    def __init__(self, job: Job, streamed: StreamedModel, surveyed: Any, *, walk: Walk, clock: Clock) -> None:
-        self._job, self._streamed, self._surveyed, self._walk, self._clock = job, streamed, surveyed, walk, clock
+    def __init__(self, job: Job, streamed: StreamedModel, known: _Known, *, walk: Walk, clock: Clock) -> None:
+        self._job, self._streamed, self._known, self._walk, self._clock = job, streamed, known, walk, clock
         self.done: dict[str, CompressedWeight | None] = {}
         self.records: dict[str, dict[str, Any]] = {}
 
@@ -238,12 +255,17 @@ class _BlockWork:
             linear = by_name.get(here.module or "")
             if linear is None or here.input is not seen:
                 return
+            mine = self._known.pooled.get(linear.name)
+            if mine is not shared and (mine is not None or shared.is_pooled):
+                return
             self._compress(linear, shared)
 
     def _statistics(self, linear: Linear, batches: list[int]) -> Statistic | None:
         kind = self._method(linear).statistic
         if kind == "none":
             return None
+        if linear.name in self._known.pooled:
+            return self._known.pooled[linear.name]
         begin = time.perf_counter()
         self._walk.settle()
         width = linear.shape[1]
@@ -260,41 +282,22 @@ class _BlockWork:
         begin = time.perf_counter()
         plan = self._job.targets[linear.name]
         weight = self._streamed.weight(linear.name).float().contiguous()
-        _require_finite(weight, linear)
-        job = solve.Job(value_dtype(plan.before), self._surveyed, self._job.seed)
-        now = _stored(plan, self._streamed.checkpoint)
+        require_finite(weight, linear)
+        job = solve.Job(value_dtype(plan.before), self._known.surveyed, self._job.seed)
+        now = stored_weight(plan, self._streamed.checkpoint)
         solved = solve.solve(linear.name, weight, now, settings=plan.settings, statistic=shared, job=job)
         self._walk.settle()
         made = solved.weight
-        dense = weight if made is None else made.dense(torch.float32)
-        hessian = None if shared is None else shared.hessian
         self.done[linear.name] = made
-        self.records[linear.name] = {
-            "weight": None if made is None else made.meta(),
-            "method": solved.method,
-            "tokens": 0 if shared is None else shared.tokens,
-            "weight_error": float((weight - dense).norm() / weight.norm().clamp(min=1e-30)),
-            "error": None if hessian is None else relative_error(weight, dense, hessian),
-            "fallback": solved.fallback,
-            "note": solved.note,
-        }
+        self.records[linear.name] = record_of(weight, solved, shared)
         if self._job.propagate == "compressed":
-            self._streamed.replace(linear.name, dense)
+            self._streamed.replace(linear.name, weight if made is None else made.dense(torch.float32))
         self._walk.pass_by(linear.name)
         self._walk.settle()
         self._clock.add("solve", begin)
 
     def _method(self, linear: Linear) -> LayerMethod:
         return method_of(self._job.targets[linear.name].settings)
-
-
-def _require_finite(weight: Tensor, linear: Linear) -> None:
-    if not torch.isfinite(weight).all():
-        count = int((~torch.isfinite(weight)).sum())
-        raise CheckpointError(
-            f"{linear.tensor} holds {count} values that are NaN or infinite: the checkpoint is damaged; "
-            f"fetch it again, or leave the module out with --ignore {linear.name}."
-        )
 
 
 def _check_fallbacks(job: Job, writer: CheckpointWriter) -> None:

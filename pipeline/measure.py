@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from modelzip.checkpoints.errors import CheckpointError, MachineError
+from modelzip.checkpoints.blocks import is_own
+from modelzip.checkpoints.errors import MachineError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.reader import Decode
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.evaluation.agreement import measure
-from modelzip.evaluation.outputs import main_output
-from modelzip.weights.layouts import MODELZIP, decoder
+from modelzip.evaluation.outputs import answer, main_output
+from modelzip.weights.layouts import MODELZIP
 
 from .calibrate import forward_inputs, is_causal, longest
+from .opened import WholeModel, decode_of
 from .progress import Progress
 from .text import Windows
 from .verify import verify
@@ -54,27 +54,20 @@ def open_streamed(checkpoint: Checkpoint, dtype: str, device: torch.device) -> S
 
 
 def streamed_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> StreamedModel:
-    """The same, activations in this very type."""
+    """The same, activations in this very type. Raises CheckpointError for a model without blocks."""
     return StreamedModel(checkpoint, dtype=dtype, device=device, decode=decode_of(checkpoint))
 
 
-def decode_of(checkpoint: Checkpoint) -> Decode | None:
-    config = checkpoint.quantization
-    if config is None:
-        return None
-    try:
-        compressed = decoder(config)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{checkpoint.source} is {error}, which modelzip doesn't read: it reads its own outputs and "
-            "compressed-tensors pack-quantized."
-        ) from None
+def running_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> StreamedModel | WholeModel:
+    """The checkpoint as a streamed model; whole in memory where it is of a kind of our own, which has no blocks."""
+    if is_own(checkpoint):
+        return WholeModel(checkpoint, dtype=dtype, device=device)
+    return streamed_model(checkpoint, dtype, device)
 
-    def dense(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        weight = compressed(name, tensors)
-        return weight.dense(weight.dtype)
 
-    return dense
+def open_running(checkpoint: Checkpoint, dtype: str, device: torch.device) -> StreamedModel | WholeModel:
+    """The same, in the type that `open_streamed` takes."""
+    return running_model(checkpoint, pick_dtype(dtype, checkpoint, device), device)
 
 
 def reopen(result: Checkpoint, *, seed: int, device: torch.device) -> tuple[dict[str, Any] | None, list[str]]:
@@ -85,13 +78,19 @@ def reopen(result: Checkpoint, *, seed: int, device: torch.device) -> tuple[dict
     dense = 4 * sum(_elements(result).values())
     if dense * 1.5 > psutil.virtual_memory().available:
         return None, [f"the output wasn't reopened in a fresh process: that takes {dense / 1e9:,.1f} GB dense in fp32"]
-    streamed = streamed_model(result, torch.float32, device)
-    length = min(PROBE_TOKENS, longest(streamed.model))
-    vocabulary = streamed.model.config.get_text_config().vocab_size
+    model = running_model(result, torch.float32, device)
+    length = min(PROBE_TOKENS, longest(model.model))
+    vocabulary = model.model.config.get_text_config().vocab_size
     window = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
-    inputs = dict(forward_inputs(streamed.model)(window))
-    own = (result.quantization or {}).get("quant_method") == MODELZIP
-    return verify(result.folder, inputs, lambda: main_output(next(streamed.outputs([inputs]))), own_layout=own), []
+    inputs = dict(forward_inputs(model.model)(window))
+    own = is_own(result) or (result.quantization or {}).get("quant_method") == MODELZIP
+
+    def expect() -> Tensor:
+        if isinstance(model, StreamedModel):
+            return main_output(next(model.outputs([inputs])))
+        return answer(model.model, {name: tensor.to(device) for name, tensor in inputs.items()})
+
+    return verify(result.folder, inputs, expect, own_layout=own), []
 
 
 def _elements(checkpoint: Checkpoint) -> dict[str, int]:
@@ -111,8 +110,8 @@ def evaluation_section(
 ) -> dict[str, Any]:
     """The report's `evaluation`: figures and the protocol under which they were taken. Runs in fp32 unless told."""
     number = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    model = streamed_model(compressed, number, device)
-    other = None if original is None else streamed_model(original, number, device)
+    model = running_model(compressed, number, device)
+    other = None if original is None else running_model(original, number, device)
     causal = is_causal(model.model)
     figures = measure(
         model,

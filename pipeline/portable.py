@@ -35,7 +35,7 @@ def choose_layout(
     other = next((weight.kind for weight in weights.values() if not isinstance(weight, Affine)), None)
     if other is not None:
         reason = f"compressed-tensors holds no {other.replace('_', '-')} weights"
-    elif reason := _own_layout(checkpoint):
+    elif reason := _own_layout(checkpoint, weights, structure):
         pass
     elif not portable((weight.meta() for weight in weights.values()), transposed=transposed):
         reason = "compressed-tensors holds 2, 4 and 8 bits in plain linears, and zero points with one scheme for all"
@@ -46,11 +46,15 @@ def choose_layout(
     return MODELZIP if reason else COMPRESSED_TENSORS, reason
 
 
-def _own_layout(checkpoint: Checkpoint) -> str:
-    """What only modelzip's own layout says of the checkpoint as it is, or ""."""
+def _own_layout(checkpoint: Checkpoint, weights: Mapping[str, CompressedWeight], structure: Structure) -> str:
+    """What only modelzip's own layout says of the checkpoint as it is or will be, or ""."""
     config = checkpoint.quantization or {}
-    if config.get("shared"):
+    linears = {linear.name: linear for block in structure.blocks for linear in block.linears}
+    if config.get("shared") or any(linears[name].sharers for name in weights if name in linears):
         return "compressed-tensors holds no shared weights"
+    own = config.get("modules", {}) if config.get("quant_method") == MODELZIP else {}
+    if not linears.keys() >= weights.keys() | own.keys():
+        return "compressed-tensors holds no embeddings"
     if any(meta["kind"] != Affine.kind for meta in config.get("modules", {}).values()):
         return "compressed-tensors holds no linears of other sizes than config.json says"
     return ""

@@ -19,16 +19,27 @@ from modelzip.evaluation.report import report_json, validate, write_report
 from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Evaluation, Recipe
 
+from . import ranks
 from .calibrate import calibration_windows, evaluation_windows
 from .chain import StageDone, finished_chain, measured, memory_file, run_chain
-from .checks import check_comparable, check_kernels, check_measures, check_predicts, check_room, report_of
+from .checks import (
+    check_comparable,
+    check_comparison,
+    check_kernels,
+    check_measures,
+    check_predicts,
+    check_room,
+    incomparable,
+    report_of,
+)
 from .classify import by_labels, check_evaluation, classification_section, is_classifier
 from .clock import Clock
 from .context import Context, Run
+from .early_exits import check_exits
 from .environment import environment, package_version, peak_memory_mb
 from .export import check_exports, export_all
 from .identity import fingerprint_of, header_hash, read_provenance
-from .measure import evaluation_section, open_streamed, pick_device, reopen
+from .measure import evaluation_section, open_running, pick_device, reopen
 from .plans import Plan, make_plans
 from .progress import Progress
 from .sections import calibration_section, module_rows, plan_summary, size_section, stage_rows
@@ -37,10 +48,10 @@ from .text import Windows, check_source
 
 @dataclass(frozen=True)
 class Result:
-    """folder: what was written. report: the contents of report.json."""
+    """folder: what was written. report: the contents of report.json, None in processes that only help to train."""
 
     folder: Path
-    report: dict[str, Any]
+    report: dict[str, Any] | None
 
 
 def plan_recipe(recipe: Recipe, *, output: Path) -> list[Plan]:
@@ -61,6 +72,8 @@ def run_recipe(
     gates = parse_gates(recipe.evaluate.fail_if)
     require_measured(gates, evaluation=recipe.evaluate.enabled)
     device = pick_device(recipe.device)
+    ranks.join(device)
+    progress = ranks.voice(progress)
     check_kernels(device)
     if recipe.model is not None and recipe.model.lower().endswith(".gguf"):
         if not resume:
@@ -72,9 +85,13 @@ def run_recipe(
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
     check_exports(recipe, output, context.fingerprint, overwrite=overwrite, resume=resume)
     run = Run(context, checkpoint, plans, output, started)
-    model = open_streamed(checkpoint, recipe.dtype, device).model
+    model = open_running(checkpoint, recipe.dtype, device).model
     check_measures(gates, plans[-1].result, labelled=run.by_labels, latency=recipe.evaluate.latency)
     check_predicts(gates, model, checkpoint)
+    check_comparison(gates, run)
+    if not ranks.is_main():
+        run_chain(run, None, None, overwrite=overwrite, resume=resume)
+        return Result(output, None)
     earlier = read_provenance(output, context.fingerprint) if resume else None
     if earlier is not None:
         clean_up(output)
@@ -143,7 +160,7 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
     verification, unverified = reopen(result, seed=run.context.recipe.seed, device=run.context.device)
     run.context.clock.add("reopen", begin)
     evaluation = measured(run, result, kept)
-    modules, fallbacks = [], list(unverified)
+    modules, fallbacks = [], [*unverified, *filter(None, [incomparable(run)])]
     for number, (plan, stage) in enumerate(zip(run.plans, done, strict=True), 1):
         rows, sentences = module_rows(number, plan, stage.records)
         modules += rows
@@ -162,7 +179,7 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
             "plan": plan_summary(run.plans),
             "calibration": calibration_section(calibration, run.context.recipe.seed),
             "modules": modules,
-            "stages": stage_rows(done, evaluation),
+            "stages": stage_rows(run.plans, done, evaluation),
             "fallbacks": fallbacks,
             "evaluation": evaluation,
             "size": size_section(run.checkpoint, result),
@@ -188,6 +205,7 @@ def _check_data(recipe: Recipe, result: Checkpoint) -> None:
         check_source(recipe.calibration.source, field=recipe.calibration.field)
     if recipe.evaluate.enabled:
         check_evaluation(recipe.evaluate, classifier=is_classifier(result.config))
+        check_exits(recipe.evaluate, result.config, labelled=by_labels(recipe.evaluate, result.config))
 
 
 def evaluate_models(
@@ -212,6 +230,7 @@ def evaluate_models(
     original = None if against is None else Checkpoint.open(against, revision=revision)
     check_evaluation(evaluation, classifier=is_classifier(checkpoint.config))
     labelled = by_labels(evaluation, checkpoint.config)
+    check_exits(evaluation, checkpoint.config, labelled=labelled)
     check_measures(gates, checkpoint, labelled=labelled, latency=evaluation.latency)
     with torch.no_grad():
         if labelled:
@@ -221,7 +240,7 @@ def evaluate_models(
         else:
             if original is not None:
                 check_comparable(checkpoint, original)
-            network = open_streamed(checkpoint, dtype, where).model
+            network = open_running(checkpoint, dtype, where).model
             check_predicts(gates, network, checkpoint)
             windows = evaluation_windows(evaluation, checkpoint, network)
             section = evaluation_section(checkpoint, original, windows, dtype=dtype, device=where, progress=progress)

@@ -11,6 +11,7 @@ from modelzip.weights.kinds import empty
 from modelzip.weights.layouts import MODELZIP
 
 from .chain import StageDone
+from .engines import stage_details
 from .forms import described, taken_group
 from .layer_plan import LayerPlan
 from .plans import Plan
@@ -59,7 +60,7 @@ def module_rows(stage: int, plan: Plan, records: Mapping[str, Any]) -> tuple[lis
         notes = [note for note in (taken, record["note"]) if note]
         weight = module.before if record["weight"] is None else empty(record["weight"])
         if record["fallback"]:
-            instead = "left as it was" if record["weight"] is None else f"{record['method']} instead"
+            instead = "left as it was" if record["weight"] is None else INSTEAD[record["method"]]
             notes.append(f"{instead}: {record['fallback']}")
         fallbacks += [f"{module.name}: {note}" for note in notes]
         rows.append(
@@ -78,8 +79,14 @@ def module_rows(stage: int, plan: Plan, records: Mapping[str, Any]) -> tuple[lis
     return rows, fallbacks
 
 
-def stage_rows(done: Sequence[StageDone], evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The report's `stages`: what each left, and what that costs. evaluation: of the last one."""
+INSTEAD = {"rtn": "rounded to nearest", "magnitude": "pruned by magnitude"}
+"""What is said of a method that took another's place."""
+
+
+def stage_rows(
+    plans: Sequence[Plan], done: Sequence[StageDone], evaluation: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The report's `stages`: what each did and left, and what that costs. evaluation: of the last one."""
     last = len(done) - 1
     return [
         {
@@ -88,8 +95,9 @@ def stage_rows(done: Sequence[StageDone], evaluation: Mapping[str, Any] | None) 
             "bytes_after": stage.bytes_after,
             "seconds": stage.seconds,
             "evaluation": evaluation if number == last else stage.evaluation,
+            "details": stage_details(plan, stage.records),
         }
-        for number, stage in enumerate(done)
+        for number, (plan, stage) in enumerate(zip(plans, done, strict=True))
     ]
 
 
@@ -122,7 +130,8 @@ def _packed(result: Checkpoint) -> list[tuple[int, int]]:
     if config is None:
         return []
     if config.get("quant_method") == MODELZIP:
-        weights = [empty(meta) for meta in config["modules"].values() if meta["kind"] != "dense"]
+        stored = {name: meta for name, meta in config["modules"].items() if not _is_shared(name, config)}
+        weights = [empty(meta) for meta in stored.values() if meta["kind"] != "dense"]
         return [(weight.nbytes, math.prod(weight.shape)) for weight in weights]
     sizes: dict[str, int] = {}
     for name, info in result.tensors.items():
@@ -131,3 +140,8 @@ def _packed(result: Checkpoint) -> list[tuple[int, int]]:
             sizes[stem] = sizes.get(stem, 0) + info.nbytes
     shapes = result.read(f"{stem}.weight_shape" for stem in sizes)
     return [(size, int(shapes[f"{stem}.weight_shape"].prod())) for stem, size in sizes.items()]
+
+
+def _is_shared(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether a module's matrix is stored with another one."""
+    return any(name.startswith(f"{module}.weight") for name in config.get("shared", {}))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from modelzip.checkpoints.blocks import Structure, find_structure, skeleton
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.rewrite import Rewrite
+from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.recipes.schema import Recipe
 
 from .context import Context
@@ -34,12 +35,28 @@ def headers_of(checkpoint: Checkpoint) -> Headers:
     return Headers(model, names, find_structure(model, checkpoint, names=names))
 
 
+class WholeSettings(Protocol):
+    """What the engine asks the settings of a structural method."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def needs_data(self) -> bool: ...
+    @property
+    def is_given(self) -> bool: ...
+    def model_dump(self, *, mode: str = ...) -> dict[str, Any]: ...
+    def model_dump_json(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class StructuralMethod:
     """first: the choice as far as headers and settings tell it; raises ProblemsError or CheckpointError.
 
     build: what the checkpoint becomes by a choice; raises the same. choose: the choice by what the model does; None
     where `first`'s is final. memory: bytes that all of it needs, beside the interpreter's. notes: for the plan.
+    fill: writes the parts whose tensors take more than the pieces can give, such as a run of the model.
     """
 
     first: Callable[[Any, Checkpoint], Any]
@@ -47,3 +64,4 @@ class StructuralMethod:
     choose: Callable[[Any, Checkpoint, Windows | None, Context], Any] | None
     memory: Callable[[Any, Checkpoint, Recipe], int]
     notes: Callable[[Any, Rewrite], tuple[str, ...]]
+    fill: Callable[[Any, Checkpoint, Rewrite, CheckpointWriter, Windows | None, Context], None] | None = None

@@ -19,19 +19,21 @@ from modelzip.weights.sparse import Sparse
 from modelzip.weights.value import CompressedWeight
 
 from .forms import fitted
-from .layer_plan import method_of
+from .module_plan import method_of
 
 
 @dataclass
 class Statistic:
     """Of one input tensor x, over the calibration tokens, for the linears it is handed to.
 
-    value: the mean of x xᵀ, [in, in], or that of x², [in]. prepared: what methods made of it.
+    value: the mean of x xᵀ, [in, in], or that of x², [in]. prepared: what methods made of it. is_pooled: whether the
+    tokens are those of several layers, which share the linears' weights.
     """
 
     value: Tensor
     tokens: int
     prepared: dict[MethodSettings, Any] = field(default_factory=dict)
+    is_pooled: bool = False
 
     @property
     def hessian(self) -> Tensor | None:

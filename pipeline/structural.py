@@ -13,21 +13,25 @@ from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.rewrite import expected, write
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.compressors.prune.structural_settings import Heads, Layers, Neurons, StructuralSettings, Vocabulary
+from modelzip.compressors.factorize.settings import Embedding, Share
+from modelzip.compressors.prune.structural_settings import Heads, Layers, Neurons, Vocabulary
 from modelzip.recipes.schema import Recipe, Stage
 
 from .context import Context
 from .identity import PROVENANCE
 from .layer_pruning import LAYERS
+from .narrowing import EMBEDDING
 from .room import BASE_BYTES
-from .smaller import StructuralMethod
+from .sharing import SHARE
+from .smaller import StructuralMethod, WholeSettings
 from .text import Windows
 from .unit_pruning import UNITS
 from .vocabulary import VOCABULARY
 
-METHODS: Final[Mapping[type[StructuralSettings], StructuralMethod]] = MappingProxyType(
-    {Heads: UNITS, Neurons: UNITS, Layers: LAYERS, Vocabulary: VOCABULARY}
+METHODS: Final[Mapping[type[Any], StructuralMethod]] = MappingProxyType(
+    {Heads: UNITS, Neurons: UNITS, Layers: LAYERS, Vocabulary: VOCABULARY, Share: SHARE, Embedding: EMBEDDING}
 )
+DONE: Final = {"prune": "pruned", "factorize": "factorized"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class StructuralPlan:
     source: str
     output: Path
     kind: str
-    settings: StructuralSettings
+    settings: WholeSettings
     choice: Any
     result: Checkpoint
     bytes_before: int
@@ -92,7 +96,7 @@ def plan_structural(
     except ProblemsError as error:
         found += [f"{where}: {sentence.rstrip('.')}." for sentence in error.sentences]
     except CheckpointError as error:
-        found.append(f"{where}: {checkpoint.source} can't be pruned: {str(error).rstrip('.')}.")
+        found.append(f"{where}: {checkpoint.source} can't be {DONE[stage.kind]}: {str(error).rstrip('.')}.")
     if found:
         problems += found
         return None
@@ -157,8 +161,11 @@ def run_structural(
             choice = method.choose(plan.settings, source, windows, context)
         begin = context.clock.add("score", begin)
         rewrite = method.build(plan.settings, source, choice)
+        if method.fill is not None:
+            method.fill(plan.settings, source, rewrite, writer, windows, context)
         write(rewrite, source, writer)
-        records = dict(rewrite.records)
+        fitted = {name: record for part in writer.done.values() for name, record in part["modules"].items()}
+        records = {**rewrite.records, **fitted}
         files = {**rewrite.files, PROVENANCE: describe(records)}
         writer.finish(config=rewrite.config, files=files, left_out=rewrite.left_out)
         context.clock.add("write", begin)

@@ -27,11 +27,11 @@ from modelzip.compressors.distill.settings import DistillSettings
 from modelzip.compressors.prune.settings_training import Lottery, ScheduledSettings
 from modelzip.recipes.match import matches
 
+from . import ranks
 from .calibrate import tokenizer_of
 from .context import Context
 from .identity import PROVENANCE, header_hash
 from .text import Windows
-from .train import ranks
 from .train.data import Data, masking_of, material_of
 from .train.growing import Growing, span
 from .train.lesson import Lesson
@@ -102,7 +102,8 @@ def training_section(record: Mapping[str, Any]) -> dict[str, Any]:
     """The report's plain data: the curve, its best measurement and what was kept."""
     curve = record["curve"]
     measured = [row for row in curve if "eval_loss" in row]
-    best = best_row(curve, record["keep"] if record["keep"] != "last" else "loss")
+    settled = [row for row in measured if row["step"] >= record["settled"]]
+    best = best_row(settled, record["keep"] if record["keep"] != "last" else "loss")
     kept = next((row for row in reversed(measured) if row["step"] <= record["kept_step"]), None)
     names = ("step", "eval_loss", "accuracy")
     return {
@@ -117,6 +118,7 @@ def training_section(record: Mapping[str, Any]) -> dict[str, Any]:
         "last_loss": curve[-1]["loss"] if curve else None,
         "best": None if best is None else {name: best[name] for name in names if name in best},
         "kept": None if kept is None else {name: kept[name] for name in names if name in kept},
+        **({"baseline": record["baseline"]} if "baseline" in record else {}),
         "curve": curve,
         "runs": record["runs"],
     }
@@ -187,6 +189,7 @@ def _learned(
         "planned_steps": steps,
         "processes": ranks.count(),
         "keep": settings.kept,
+        "settled": course.beat.settled,
         "kept_step": learned.kept,
         "stopped_early": learned.stopped_early,
         "curve": learned.curve,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -155,7 +155,7 @@ def build_units(settings: UnitSettings, checkpoint: Checkpoint, kept: Sequence[K
         raise ProblemsError(
             [f"config.json of {checkpoint.source} can't say what is left; take the scope uniform, or another share"]
         )
-    resized = _resized(settings, checkpoint, kept, rewrite=rewrite)
+    resized = _resized(settings, checkpoint, kept, cut_parts=parts, rewrite=rewrite)
     if problem := opens(expected(resized, checkpoint)):
         raise CheckpointError(problem)
     return resized
@@ -182,7 +182,14 @@ def _plain_config(settings: UnitSettings, checkpoint: Checkpoint, kept: Sequence
     return with_number(config, known, known.get("head_dim", "head_dim"), every[0].width)
 
 
-def _resized(settings: UnitSettings, checkpoint: Checkpoint, kept: Sequence[Kept], *, rewrite: Rewrite) -> Rewrite:
+def _resized(
+    settings: UnitSettings,
+    checkpoint: Checkpoint,
+    kept: Sequence[Kept],
+    *,
+    cut_parts: Mapping[str, Mapping[str, Cut]],
+    rewrite: Rewrite,
+) -> Rewrite:
     """Config.json as it was, with the sizes of the linears that differ from what it says, which then lie [out, in]."""
     headers, every = _found(settings, checkpoint)
     before = checkpoint.quantization or quantization_config({}, layout=MODELZIP, linears=[])
@@ -196,7 +203,7 @@ def _resized(settings: UnitSettings, checkpoint: Checkpoint, kept: Sequence[Kept
     }
     parts = {
         part: {name: replace(cut, transposed=name in turned) for name, cut in cuts.items()}
-        for part, cuts in rewrite.parts.items()
+        for part, cuts in cut_parts.items()
     }
     after = expected(replace(rewrite, parts=parts), checkpoint).tensors
     for units, one in zip(every, kept, strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modelzip.checkpoints.errors import OutputError
 from modelzip.checkpoints.fresh import FreshProcessError, fresh
-from modelzip.evaluation.outputs import main_output
+from modelzip.evaluation.outputs import answer
 
 TOLERANCE = 1e-3
 """Largest allowed difference of a logit, relative to the largest logit; both sides compute in fp32."""
@@ -69,18 +69,21 @@ def _reopen(folder: str, inputs: str, out: str) -> None:
     import transformers
 
     architecture = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, architecture).from_pretrained(folder, dtype="auto").eval()
+    known = getattr(transformers, architecture, transformers.AutoModelForSequenceClassification)
+    model = known.from_pretrained(folder, dtype="auto").eval()  # a class that isn't transformers' own is a classifier
     tokens = load_file(inputs)
     model(**{name: tensor[:, :1] for name, tensor in tokens.items()})  # compressed-tensors makes weights dense here
     _to_float(model)
-    output = model(**tokens)
-    save_file({"output": main_output(output).float().contiguous()}, out)
+    save_file({"output": answer(model, tokens).float().contiguous()}, out)
 
 
 def _to_float(model: Any) -> None:
-    """Everything in fp32 but scales of packed weights, whose dtype is part of the weights' values."""
+    """Everything in fp32 but what makes up compressed weights: the dtype of scales is part of the weights' values."""
     for module in model.modules():
-        if hasattr(module, "weight_packed"):
+        is_ours = hasattr(module, "compute_dtype")
+        if is_ours:
+            module.compute_dtype = torch.float32
+        if is_ours or hasattr(module, "weight_packed"):
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.float()

@@ -40,7 +40,7 @@ AT_ONCE: Final = 64
 
 def plan_tokens(settings: Vocabulary, checkpoint: Checkpoint) -> list[int]:
     """The ids that stay, ascending. Reads the whole corpus. Raises ProblemsError, CheckpointError, CalibrationError."""
-    check_source(settings.corpus, field=settings.field)
+    check_source(settings.corpus, field=settings.corpus_field)
     tokenizer = _tokenizer(checkpoint)
     data = json.loads(tokenizer.to_str())
     model = headers_of(checkpoint).model
@@ -49,14 +49,14 @@ def plan_tokens(settings: Vocabulary, checkpoint: Checkpoint) -> list[int]:
     over = [name for name, index in vocabulary.items() if index >= rows]
     if over:
         raise CheckpointError(f"its tokenizer has the token {over[0]!r}, for which the model has no row")
-    counts, characters = count_tokens(tokenizer, texts(Path(settings.corpus), settings.field))
+    counts, characters = count_tokens(tokenizer, texts(Path(settings.corpus), settings.corpus_field))
     named = {index for index in token_ids({**model.config.to_dict(), **checkpoint.config}) if index < rows}
     always = always_kept(data, characters) | named
-    kept = tokens_to_keep(counts, always, min_count=settings.min_count, most=settings.keep)
+    kept = tokens_to_keep(counts, always, min_count=settings.min_count, most=settings.max_tokens)
     every = sorted(with_derivations(data, kept))
     if len(every) >= rows:
         raise ProblemsError(
-            [f"{settings.corpus} uses all {rows} tokens, so none can go: raise min_count or lower keep"]
+            [f"{settings.corpus} uses all {rows} tokens, so none can go: raise min_count or lower max_tokens"]
         )
     return every
 

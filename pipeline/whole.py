@@ -8,31 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.names import NameMap
-from modelzip.checkpoints.reader import materialise, move_buffers
 from modelzip.checkpoints.streamed import native_bfloat16
 from modelzip.recipes.schema import Recipe
 
 from .calibrate import batches, forward_inputs, has_tokenizer, is_causal, tokenizer_of
 from .importance import Loss, language_model_loss, masked_lm_loss, self_loss
-from .measure import decode_of, pick_dtype
+from .measure import pick_dtype
+from .opened import load_whole
 from .smaller import headers_of
 from .text import Windows
 
-
-def load_whole(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with all its weights, compressed ones made dense, in eval mode and without gradients of weights."""
-    model = skeleton(checkpoint)
-    model.config.use_cache = False
-    names = NameMap(model, checkpoint)
-    move_buffers(model, device)
-    materialise(
-        model, [""], checkpoint=checkpoint, names=names, device=device, dtype=dtype, decode=decode_of(checkpoint)
-    )
-    return model
+__all__ = ["compute_dtype", "data_of", "load_whole", "loss_of", "loss_problem", "whole_bytes"]
 
 
 def compute_dtype(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -32,7 +32,7 @@ def extra(field: FieldInfo, key: str) -> str:
 
 def default(field: FieldInfo) -> str:
     """A field's default as YAML would show it, or '' if it must be given or is nothing."""
-    if field.is_required() or field.default is None:
+    if field.is_required() or field.default_factory is not None or field.default in (None, ""):
         return ""
     return shown(field.default)
 

@@ -40,13 +40,13 @@ def _settings(cls: type[Stage], name: str, method: type[MethodSettings]) -> dict
     rule = _without_own_keys(Rule.model_json_schema())
     rule["properties"] = {"match": rule["properties"]["match"], "skip": rule["properties"]["skip"], **changeable}
     for key, field in cls.model_fields.items():
-        if key == "keep":
+        if key == "output":
             schema["properties"][key] = {"type": "string", "description": field.description}
         elif key != "settings":
             items = rule if key == "rules" else {"type": "string"}
             schema["properties"][key] = {"type": "array", "description": field.description, "items": items}
     schema["description"] = f"{method.summary} {method.citation}"
-    schema["required"] = [] if name == cls.default_method else ["method"]
+    schema["required"] = [*([] if name == cls.default_method else ["method"]), *schema.get("required", ())]
     return schema
 
 

@@ -80,8 +80,8 @@ def _exports(data: object, found: Found) -> tuple[Export, ...]:
 
 def _stage_data(stage: Stage) -> dict[str, Any]:
     data: dict[str, Any] = stage.settings.model_dump(mode="json")
-    if stage.keep:
-        data["keep"] = stage.keep
+    if stage.output:
+        data["output"] = stage.output
     if stage.ignore:
         data["ignore"] = list(stage.ignore)
     if stage.rules:
@@ -107,6 +107,10 @@ def _stages(data: object, least: int, found: Found) -> tuple[Stage, ...]:
         found.add("stages", f"{shown(data)} is not allowed; it must be a list of stages, each {either(STAGES)}")
         return ()
     parsed = [_stage(one, f"stages[{index}]", found) for index, one in enumerate(data)]
+    last = parsed[-1]
+    if last is not None and last.output is not None:
+        path = inside(inside(f"stages[{len(parsed) - 1}]", last.kind), "output")
+        found.add(path, "is for stages before the last, whose result is the run's: write output beside stages instead")
     return tuple(stage for stage in parsed if stage is not None)
 
 
@@ -135,11 +139,11 @@ def _stage(data: object, path: str, found: Found) -> Stage | None:
     ignore = _patterns(own.get("ignore"), inside(path, "ignore"), found)
     if base is None or len(found.problems) > before:
         return None
-    keep = own.get("keep")
-    if keep is not None and (not isinstance(keep, str) or not keep):
-        found.add(inside(path, "keep"), f"{shown(keep)} is not allowed; it must be a folder's path")
+    output = own.get("output")
+    if output is not None and (not isinstance(output, str) or not output):
+        found.add(inside(path, "output"), f"{shown(output)} is not allowed; it must be a folder's path")
         return None
-    return cls.model_validate({"settings": base, "ignore": ignore, "rules": rules, "keep": keep})
+    return cls.model_validate({"settings": base, "ignore": ignore, "rules": rules, "output": output})
 
 
 def _method(cls: type[Stage], flat: Mapping[str, Any], path: str, found: Found) -> type[MethodSettings] | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from modelzip.compressors import (
     DISTILL,
@@ -26,6 +26,9 @@ from modelzip.compressors.settings import MethodSettings
 
 SOURCE: Final = "self, a .txt, .jsonl or .parquet file, or a hub dataset as NAME or NAME:CONFIG"
 DEVICE: Final = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
+
+
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 
 class Calibration(BaseModel):
@@ -56,8 +59,8 @@ class Evaluation(BaseModel):
     data: str | None = Field(
         default=None,
         min_length=1,
-        description="Evaluation text: the same kinds of source as for calibration, but self, or labelled examples from "
-        "a .tsv, .csv, .jsonl or .parquet file or a hub dataset; without one, windows held back from calibration.",
+        description="Evaluation text: the same kinds of source as for calibration except self, or labelled examples "
+        "from a .tsv, .csv, .jsonl or .parquet file or a hub dataset; without one, windows held back from calibration.",
         json_schema_extra={
             "allowed": "a .txt, .jsonl, .parquet, .tsv or .csv file, or a hub dataset as NAME or NAME:CONFIG"
         },
@@ -83,10 +86,25 @@ class Evaluation(BaseModel):
     latency: bool = Field(
         default=False, description="Time both classifiers in turns too, one text at a time and in batches."
     )
+    exit_threshold: tuple[Share, ...] = Field(
+        default=(),
+        description="Thresholds at which a model with exits is measured, such as 0.1,0.5: the uncertainty, 0 to 1, "
+        "below which a text leaves.",
+        json_schema_extra={"allowed": "a list of numbers from 0 to 1"},
+    )
     each_stage: bool = Field(default=True, description="Also measure what the stages before the last one leave.")
     fail_if: tuple[str, ...] = Field(
         default=(), description='Conditions under which the run fails with exit code 3, such as "kl > 0.3".'
     )
+
+    @field_validator("exit_threshold", mode="before")
+    @classmethod
+    def _apart(cls, value: Any) -> Any:
+        """Options come as texts, in which commas stand between several numbers."""
+        many = [value] if isinstance(value, str | int | float) else value
+        if not isinstance(many, list | tuple):
+            return value
+        return [part for one in many for part in (one.split(",") if isinstance(one, str) else [one])]
 
 
 class Rule(BaseModel):
@@ -110,14 +128,16 @@ class Stage(BaseModel):
     kind: ClassVar[str]
     methods: ClassVar[Mapping[str, type[MethodSettings]]]
     default_method: ClassVar[str]
+    example: ClassVar[str]
+    """What may stand behind the verb on the command line."""
 
     settings: Any
     ignore: tuple[str, ...] = Field(default=(), description="Modules to leave alone: globs, or re: and an expression.")
     rules: tuple[Rule, ...] = Field(default=(), description="Other settings for some modules.")
-    keep: str | None = Field(
+    output: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder in which this stage's result stays; without one only the last stage's does.",
+        description="Folder in which this stage's result stays; without one it is gone when the run is done.",
     )
 
 
@@ -127,6 +147,7 @@ class QuantizeStage(Stage):
     kind = "quantize"
     methods = QUANTIZE
     default_method = "gptq"
+    example = "./my-model --method gptq"
     settings: QuantizeMethod
 
 
@@ -135,7 +156,8 @@ class PruneStage(Stage):
 
     kind = "prune"
     methods = PRUNE
-    default_method = "magnitude"
+    default_method = "sparsegpt"
+    example = "./my-model --method sparsegpt --sparsity 0.5"
     settings: PruneMethod
 
 
@@ -144,7 +166,8 @@ class FactorizeStage(Stage):
 
     kind = "factorize"
     methods = FACTORIZE
-    default_method = "svd"
+    default_method = "svd-llm"
+    example = "./my-model --method svd-llm --ratio 0.8"
     settings: FactorizeMethod
 
 
@@ -153,7 +176,8 @@ class DistillStage(Stage):
 
     kind = "distill"
     methods = DISTILL
-    default_method = "labels"
+    default_method = "logits"
+    example = "./my-classifier --method logits --data train.tsv --layers 0,2,4"
     settings: DistillMethod
 
 
@@ -184,7 +208,7 @@ class Recipe(BaseModel):
     model: str | None = Field(default=None, min_length=1, description="A folder, a hub id or a .gguf file.")
     revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit of a hub model.")
     output: str | None = Field(
-        default=None, min_length=1, description="Output folder; without one, named after model, method and bits."
+        default=None, min_length=1, description="Output folder; without one, named after the model and the methods."
     )
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Seed of everything that is drawn by chance.")
     device: str = Field(

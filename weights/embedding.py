@@ -31,7 +31,7 @@ class CompressedEmbedding(CompressedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., hidden]."""
-        rows = self.weight_value.rows(ids, self._compute_dtype)
+        rows = self.weight_value.rows(ids, self.compute_dtype)
         return rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,17 @@ class CompressedModule(nn.Module):
         if isinstance(weight, Dense):
             raise ValueError("a dense weight belongs in a plain nn.Linear or nn.Embedding")
         self.weight_meta = weight.meta()
-        self._compute_dtype = weight.dtype if dtype is None else dtype
+        self.compute_dtype = weight.dtype if dtype is None else dtype
         self._shared: dict[str, tuple[nn.Module, str]] = {}
         self._suffixes = tuple(weight.tensors())
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half` and `float` do with the buffers decides in which dtype the module computes, too."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return self
 
     def share(self, suffix: str, owner: nn.Module, of_owner: str) -> None:
         """From now on, take one of the weight's tensors from another module, which alone keeps and saves it.
@@ -59,7 +66,7 @@ class CompressedModule(nn.Module):
         the flag of transformers prevents.
         """
         rows, columns = self.weight_meta["shape"]
-        return shadow(rows, columns, self._compute_dtype)
+        return shadow(rows, columns, self.compute_dtype)
 
     def extra_repr(self) -> str:
         value = self.weight_value

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .attributes import set_attributes
+from .attributes import ATTRIBUTES, set_attributes
 from .dense import Dense
 from .embedding import embedding_of
 from .kinds import empty
@@ -44,7 +44,8 @@ class ModelzipConfig(QuantizationConfigMixin):
         self.version = version
         self.modules = dict(modules)
         self.shared = dict(shared or {})
-        self.attributes = dict(attributes or {})
+        if attributes:  # written back by save_pretrained, as it was
+            self.attributes = dict(attributes)
 
 
 @register_quantizer(MODELZIP)
@@ -72,7 +73,7 @@ class ModelzipQuantizer(HfQuantizer):
             setattr(model.get_submodule(parent), leaf, module)
             if isinstance(module, CompressedModule):
                 compressed.add(f"{path}.weight")
-        set_attributes(model, config.attributes)
+        set_attributes(model, getattr(config, ATTRIBUTES, {}))
         _drop_ties(model, compressed)
         _tie(model, config.shared)
 

@@ -17,19 +17,20 @@ class DistillSettings(MethodSettings):
 
     engine: ClassVar[Engine] = "training"
     needs_teacher: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
 
     method: str = Field(description="Name of the method.")
     data: str | None = Field(
         default=None,
         min_length=1,
-        description="What is learned from: a table (.tsv, .csv, .jsonl, .parquet) or hub dataset with texts and labels,"
+        description="Training data: a table (.tsv, .csv, .jsonl, .parquet) or hub dataset with texts and labels,"
         " or plain text (.txt) for language modelling.",
         json_schema_extra={"allowed": DATA},
     )
     validation: str | None = Field(
         default=None,
         min_length=1,
-        description="What the model is measured on while it learns; the same kinds of source as for data.",
+        description="Data that the model is measured on while it trains; the same kinds of source as for data.",
         json_schema_extra={"allowed": DATA},
     )
     data_split: str = Field(default="train", min_length=1, description="Split of a hub dataset to learn from.")
@@ -53,7 +54,9 @@ class DistillSettings(MethodSettings):
     gradient_accumulation: int = Field(
         default=1, ge=1, description="Forward passes whose gradients are summed for one step."
     )
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="Share of the steps in which the rate rises from 0.")
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises from 0."
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="How the learning rate falls after the warm-up; constant: it doesn't."
     )
@@ -81,7 +84,7 @@ class DistillSettings(MethodSettings):
     )
     keep: Literal["auto", "last", "loss", "accuracy"] = Field(
         default="auto",
-        description="Which weights are kept: the last, or those measured with the least loss or greatest accuracy; "
+        description="Weights of the result: the last, or those measured with the least loss or greatest accuracy; "
         "auto: least loss with early stopping, else the last.",
     )
     tensorboard: bool = Field(default=False, description="Also write the curves for TensorBoard, beside the output.")
@@ -110,8 +113,12 @@ class DistillSettings(MethodSettings):
 
 
 class TaughtSettings(DistillSettings):
-    """What methods share that change a model while it is trained, and may learn from a teacher meanwhile."""
+    """What methods share that change a model while it is trained, and may learn from a teacher meanwhile.
 
+    Labels are needed where there is no teacher.
+    """
+
+    needs_labels: ClassVar[bool] = True
     teacher: str | None = Field(
         default=None, min_length=1, description="The teacher, a folder or hub id; without one, labels or text alone."
     )
@@ -126,6 +133,7 @@ class Labels(DistillSettings):
 
     summary: ClassVar[str] = "Fine-tune the model on labelled data, or on text, without a teacher."
     citation: ClassVar[str] = 'Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transformers", section 4'
+    needs_labels: ClassVar[bool] = True
     example: ClassVar[str] = "- distill: {method: labels, data: train.tsv, validation: dev.tsv, epochs: 3}"
 
     method: Literal["labels"] = Field(default="labels", description="Name of the method.")
@@ -144,18 +152,21 @@ class Logits(DistillSettings):
 
     method: Literal["logits"] = Field(default="logits", description="Name of the method.")
     teacher: str | None = Field(
-        default=None, min_length=1, description="The teacher, a folder or hub id; without one, the run's own model."
+        default=None,
+        min_length=1,
+        description="The teacher, a folder or hub id; without one, the model that the run began with.",
     )
     layers: tuple[int, ...] | None = Field(
         default=None,
         min_length=1,
-        description="The student is the teacher with these of its layers, counted from 0; without, what came in.",
+        description="The student is the teacher with these of its layers, counted from 0; without layers and "
+        "student_config, it is the model that came in.",
         json_schema_extra={"allowed": "a list of whole numbers"},
     )
     student_config: Mapping[str, int | float | str] | None = Field(
         default=None,
         min_length=1,
-        description="The student is the teacher with these changes of its config.json, such as {hidden_size: 128}.",
+        description="The student is the teacher with these changes of its config.json, such as hidden_size: 128.",
     )
     start: Literal["random", "copy"] = Field(
         default="random",
@@ -167,11 +178,11 @@ class Logits(DistillSettings):
     )
     divergence: Literal["forward", "reverse"] = Field(
         default="forward",
-        description="KL of the student from the teacher, or of the teacher from the student (reverse).",
+        description="Which KL is made small; forward: KL(teacher ‖ student), reverse: KL(student ‖ teacher).",
     )
     signals: Mapping[str, float] = Field(
         default_factory=dict,
-        description="More that is learned from the teacher, and its weight, such as {hidden: 1, attention: 0.5}.",
+        description="More that is learned from the teacher, each with its weight, such as hidden: 1.",
     )
     layer_map: Literal["uniform", "last"] | tuple[int, ...] = Field(
         default="uniform",

@@ -35,7 +35,8 @@ class FactorizeSettings(MethodSettings):
         json_schema_extra={"allowed": "a size such as 60MB (KB, MB or GB; 1 MB is 1,000,000 bytes)"},
     )
     rank: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="In place of ratio: the number of products that are summed."
+        default=None,
+        description="In place of ratio: the rank; for kronecker the number of terms, for tensor-train all ranks.",
     )
 
     @model_validator(mode="before")
@@ -168,7 +169,7 @@ class Share(MethodSettings):
 
     method: Literal["share"] = Field(default="share", description="Name of the method.")
     scope: Literal["all", "attention", "feed-forward"] = Field(
-        default="all", description="Which weights of a layer are shared."
+        default="all", description="Which weights of a layer are shared with its neighbours."
     )
     groups: int = Field(
         default=1, ge=1, description="Distinct layers that are left; each serves a run of neighbouring layers."
@@ -184,6 +185,16 @@ class Share(MethodSettings):
         lt=1,
         description="Pull of the least-squares fit to the average, as a share of the Hessian's mean diagonal.",
     )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.start == "least-squares"
+
+    @property
+    def is_given(self) -> bool:
+        """Which layers are shared, the settings alone say."""
+        return True
 
     @property
     def label(self) -> str:
@@ -208,3 +219,13 @@ class Embedding(FactorizeSettings):
         description="What a token's error counts; frequency: as often as it comes in the calibration text, and once "
         "more, even: the same for all.",
     )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.weighting == "frequency"
+
+    @property
+    def is_given(self) -> bool:
+        """The factors depend on the embedding's values."""
+        return False

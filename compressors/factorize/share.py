@@ -33,29 +33,59 @@ def average(weights: Iterable[Tensor]) -> Tensor:
     return (total / count).float()
 
 
-def least_squares(layers: Iterable[tuple[Tensor, Tensor]], *, damping: float) -> Tensor:
-    """The weight [out, in], fp32, that serves one or more layers (W_l [out, in], H_l [in, in]) best.
+class LeastSquares:
+    """The weight that serves several layers best, from sums to which one layer after the other is added.
 
-    H_l: the mean of x xᵀ over the inputs of layer l. W minimises Σ ‖(W − W_l) X_l‖² + λ ‖W − W̄‖² a token, with W̄ the
-    layers' mean and λ the damping times the mean diagonal of Σ H_l: in directions that no input has, W is the mean.
-    The solution is W = W̄ + (Σ (W_l − W̄) H_l) (Σ H_l + λI)⁻¹. Layers are taken one at a time. Raises UnsuitableError.
+    Of each layer: its weight W_l [out, in], and H_l [in, in], the mean of x xᵀ over its inputs. The solution minimises
+    Σ ‖(W − W_l) X_l‖² + λ ‖W − W̄‖² a token, with W̄ the layers' mean and λ the damping times the mean diagonal of Σ H_l:
+    in directions that no input has, W is the mean. It is W = W̄ + (Σ (W_l − W̄) H_l) (Σ H_l + λI)⁻¹.
     """
-    each = iter(layers)
-    weights, hessians = (tensor.to(torch.float64, copy=True) for tensor in next(each))
-    products, count = weights @ hessians, 1
-    for weight, hessian in each:
-        weights += weight
-        hessians += hessian
-        products += weight.double() @ hessian.double()
-        count += 1
-    if not torch.isfinite(hessians).all():
-        raise UnsuitableError("the Hessian isn't finite: an activation overflowed")
-    mean = weights / count
-    differences = products - mean @ hessians
-    level = float(hessians.diagonal().mean())
-    hessians.diagonal().add_(damping * level if level > 0 else 1.0)
-    factor, info = torch.linalg.cholesky_ex(hessians)
-    if int(info) != 0:
-        raise UnsuitableError(f"the sum of the layers' Hessians isn't positive definite with damping {damping:g}")
-    change: Tensor = torch.cholesky_solve(differences.T, factor).T
-    return (mean + change).float()
+
+    def __init__(self) -> None:
+        nothing = torch.zeros((), dtype=torch.float64)
+        self._weights, self._hessians, self._products = nothing, nothing, nothing
+        self._outputs = 0.0
+        self._count = 0
+
+    def add(self, weight: Tensor, hessian: Tensor) -> None:
+        """Take one more layer into account."""
+        weight, hessian = weight.double(), hessian.double()
+        self._weights = self._weights + weight
+        self._hessians = self._hessians + hessian
+        products = weight @ hessian
+        self._products = self._products + products
+        self._outputs += float((products * weight).sum())
+        self._count += 1
+
+    def mean(self) -> Tensor:
+        """W̄ [out, in], fp32."""
+        return (self._weights / self._count).float()
+
+    def error(self, weight: Tensor) -> float:
+        """Σ ‖(W − W_l) X_l‖² as a share of Σ ‖W_l X_l‖², its root: the relative error of all layers' outputs."""
+        weight = weight.double()
+        lost = float(((weight @ self._hessians - 2 * self._products) * weight).sum()) + self._outputs
+        return (max(0.0, lost) / self._outputs) ** 0.5 if self._outputs > 0 else 0.0
+
+    def solve(self, *, damping: float) -> Tensor:
+        """W [out, in], fp32, for one or more layers. Raises UnsuitableError."""
+        hessians = self._hessians.clone()
+        if not torch.isfinite(hessians).all():
+            raise UnsuitableError("the Hessian isn't finite: an activation overflowed")
+        mean = self._weights / self._count
+        differences = self._products - mean @ hessians
+        level = float(hessians.diagonal().mean())
+        hessians.diagonal().add_(damping * level if level > 0 else 1.0)
+        factor, info = torch.linalg.cholesky_ex(hessians)
+        if int(info) != 0:
+            raise UnsuitableError(f"the sum of the layers' Hessians isn't positive definite with damping {damping:g}")
+        change: Tensor = torch.cholesky_solve(differences.T, factor).T
+        return (mean + change).float()
+
+
+def least_squares(layers: Iterable[tuple[Tensor, Tensor]], *, damping: float) -> Tensor:
+    """The weight [out, in], fp32, that serves one or more layers (W_l, H_l) best: see `LeastSquares`."""
+    fit = LeastSquares()
+    for weight, hessian in layers:
+        fit.add(weight, hessian)
+    return fit.solve(damping=damping)

@@ -37,11 +37,11 @@ class StructuralSettings(MethodSettings):
 class UnitSettings(StructuralSettings):
     """What heads and neurons share."""
 
-    share: float = Field(default=0.25, gt=0, lt=1, description="Share that is taken out.")
+    share: float = Field(default=0.25, gt=0, lt=1, description="Share of the heads or neurons that is taken out.")
     scope: Literal["uniform", "global"] = Field(
         default="uniform",
-        description="uniform: as many from every layer; global: those that matter least in the whole model, but never "
-        "all of a layer.",
+        description="Where heads or neurons are compared; uniform: in each layer, of which as many go; global: in the "
+        "whole model, but never all of a layer go.",
     )
     loss: Loss = Field(default="auto", description=LOSS)
 
@@ -85,8 +85,8 @@ class Neurons(UnitSettings):
     method: Literal["neurons"] = Field(default="neurons", description="Name of the method.")
     criterion: Literal["gradient", "magnitude"] = Field(
         default="gradient",
-        description="gradient: how the loss changes with a mask on the neuron; magnitude: the product of the norms of "
-        "its weights, which needs no data.",
+        description="Which neurons go; gradient: those whose masking changes the loss least; magnitude: those with the "
+        "smallest product of the norms of their weights, which needs no data.",
     )
     multiple: int = Field(default=1, ge=1, description="The number of neurons kept is a multiple of this.")
 
@@ -127,8 +127,8 @@ class Layers(StructuralSettings):
     count: int | None = Field(default=None, ge=1, description="So many layers go, chosen by `criterion`.")
     criterion: Literal["similarity", "greedy"] = Field(
         default="similarity",
-        description="similarity: the layers whose output is most like their input; greedy: one after the other, that "
-        "whose removal costs the least loss.",
+        description="Which layers go, with count; similarity: those whose output is most like their input; greedy: one "
+        "after the other, that whose removal costs the least loss.",
     )
     loss: Loss = Field(default="auto", description=LOSS.replace("importance", "greedy's loss"))
     stack: Literal["encoder", "decoder"] | None = Field(
@@ -162,17 +162,19 @@ class Layers(StructuralSettings):
 class Vocabulary(StructuralSettings):
     """Tokens that a corpus doesn't use."""
 
-    whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "corpus", "field", "min_count", "keep"})
+    whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "corpus", "corpus_field", "min_count", "max_tokens"})
     summary: ClassVar[str] = "Take tokens that a corpus doesn't use out of the embedding and the tokenizer."
     citation: ClassVar[str] = 'Abdaoui et al. 2020, "Load What You Need: Smaller Versions of Multilingual BERT"'
     example: ClassVar[str] = "- prune: {method: vocabulary, corpus: data/train.txt, min_count: 2}"
 
     method: Literal["vocabulary"] = Field(default="vocabulary", description="Name of the method.")
     corpus: str = Field(min_length=1, description="Text that shows what is used: .txt, .jsonl, .parquet, .csv or .tsv.")
-    field: str = Field(default="text", min_length=1, description="Field or column of the corpus that holds the text.")
+    corpus_field: str = Field(
+        default="text", min_length=1, description="Field or column of the corpus that holds the text."
+    )
     min_count: int = Field(default=1, ge=1, description="A token stays if the corpus has it so often.")
-    keep: int | None = Field(
-        default=None, ge=1, description="Most tokens that stay, the most frequent ones; special ones are always kept."
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="So many tokens stay at most, the most frequent ones, beside special ones."
     )
 
     @property

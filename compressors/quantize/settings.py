@@ -14,7 +14,7 @@ GroupSize = Annotated[int, Field(ge=1)] | Literal["channel", "tensor"]
 class QuantizeSettings(MethodSettings):
     """What all methods share that write integers on an affine grid."""
 
-    whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "layout", "propagate"})
+    whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "layout", "propagate", "embeddings"})
 
     method: str = Field(description="Name of the method.")
     bits: int = Field(default=4, ge=2, le=8, description="Bits of one stored weight.")
@@ -35,6 +35,10 @@ class QuantizeSettings(MethodSettings):
     layout: Literal["auto", "compressed-tensors", "modelzip"] = Field(
         default="auto",
         description="Layout of the output; auto: compressed-tensors where it holds the result, else modelzip.",
+    )
+    embeddings: bool = Field(
+        default=False,
+        description="Also round the tables of embeddings, and a head that is tied to one; needs modelzip's layout.",
     )
     strict_groups: bool = Field(
         default=False,

@@ -23,7 +23,8 @@ from modelzip.weights.trainable import holds_codes
 from modelzip.weights.value import CompressedWeight
 
 from ..forms import described, fitted, taken_group
-from ..layer_plan import value_dtype, weights_now
+from ..layer_plan import weights_now
+from ..module_plan import value_dtype
 from ..portable import choose_layout
 from .fit import Problems
 

@@ -9,6 +9,7 @@ from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits, TaughtSettings
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert
 from modelzip.compressors.distill.signals import SIGNALS, layer_map
 
 from ..calibrate import is_causal, longest, tokenizer_of
@@ -58,7 +59,9 @@ def objective_of(
             "give labelled data, or a model with a head."
         )
         return None
-    if not isinstance(settings, Logits | TaughtSettings) or teacher is None:
+    if isinstance(settings, FastBert):
+        return Objective(predicts, direction=settings.divergence, exits=True)
+    if teacher is None:
         return Objective(predicts)
     judge = problems.tried(lambda: skeleton(teacher))
     if judge is None:
@@ -76,8 +79,12 @@ def objective_of(
             f"the teacher's classes are {', '.join(class_names(judge))} and the student's "
             f"{', '.join(class_names(model))}: name a teacher of the same classes."
         )
-    if not isinstance(settings, Logits):
+    if isinstance(settings, TaughtSettings):
         return Objective(predicts, alpha=settings.alpha, temperature=settings.temperature)
+    if isinstance(settings, BiLstm):
+        return Objective(predicts, alpha=settings.alpha, temperature=settings.temperature, compares=settings.objective)
+    if not isinstance(settings, Logits):
+        return Objective(predicts)
     layers: tuple[int, ...] = ()
     if settings.signals:
         layers = _check_signals(settings, model, judge, problems)
@@ -136,6 +143,11 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
         problems.add(
             f"{student.origin.source} has no padding token, without which texts can't be learned in batches: set "
             "pad_token in its tokenizer_config.json."
+        )
+    if isinstance(settings, FastBert) and tokenizer.padding_side != "right":
+        problems.add(
+            f"the tokenizer of {student.origin.source} fills texts up on the left, and exits read the first token: set "
+            "padding_side to right in its tokenizer_config.json."
         )
     if _predicts(model) == "masked-token" and tokenizer.mask_token_id is None:
         problems.add(f"{student.origin.source} has no mask token in its tokenizer, so no tokens can be hidden.")

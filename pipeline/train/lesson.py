@@ -22,7 +22,8 @@ class Objective:
     """What the loss is made of.
 
     alpha: weight of the teacher's logits against labels, None without a teacher. signals: name and weight of each.
-    layers: for each of the student's layers the teacher's, counted from 1.
+    layers: for each of the student's layers the teacher's, counted from 1. compares: how logits are. exits: whether a
+    model's own exits learn from its last classifier.
     """
 
     predicts: Predicts
@@ -31,6 +32,8 @@ class Objective:
     direction: Direction = "forward"
     signals: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
+    compares: Literal["divergence", "error"] = "divergence"
+    exits: bool = False
 
     @property
     def reads(self) -> frozenset[str]:
@@ -78,6 +81,8 @@ class Lesson(nn.Module):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """batch: arguments of the models' forward, [batch, length], and `labels` if there are any."""
         labels = batch.pop("labels", None)
+        if self.objective.exits:
+            return self._exits(batch, labels)
         asked = self._asked()
         said = self.student(**batch, **asked)
         heard = None
@@ -96,6 +101,23 @@ class Lesson(nn.Module):
         found = {"loss": whole, "items": items}
         if targets is not None and self.objective.predicts != "number":
             found["correct"] = ((logits.argmax(-1) == targets) & counted).sum(1)
+        return found
+
+    def _exits(self, batch: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+        """The sum over exits of their KL from the last classifier; `correct` is the mean over exits.
+
+        Liu et al. 2020, "FastBERT", equations 5 and 6.
+        """
+        if self.training:
+            said = self.student(**batch)
+            every = (*said.exit_logits, said.logits)
+        else:
+            every = self.student.every_exit(**batch)
+        *exits, last = (torch.log_softmax(logits.float(), -1) for logits in every)
+        losses = torch.stack([divergence(one, last.detach(), self.objective.direction) for one in exits])
+        found = {"loss": losses.sum(0), "items": torch.ones_like(last[:, 0], dtype=torch.int64)}
+        if labels is not None:
+            found["correct"] = torch.stack([(one.argmax(-1) == labels).double() for one in exits]).mean(0)
         return found
 
     def _asked(self) -> dict[str, bool]:
@@ -154,11 +176,12 @@ def _hard(logits: Tensor, targets: Tensor, predicts: Predicts) -> Tensor:
 
 
 def _soft(logits: Tensor, theirs: Tensor, objective: Objective) -> Tensor:
-    """T² times the KL of each item, [batch, items]; of a number the squared error.
+    """T² times the KL of each item, [batch, items]; of a number, and where it is asked for, the squared error.
 
-    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2; Tang et al. 2019, "Distilling
+    Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2.
     """
-    if objective.predicts == "number":
+    if objective.predicts == "number" or objective.compares == "error":
         return (logits.float() - theirs.float()).square().sum(-1)
     heat = objective.temperature
     mine, teachers = (torch.log_softmax(one.float() / heat, -1) for one in (logits, theirs))

@@ -12,18 +12,22 @@ from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits, TaughtSettings
-from modelzip.compressors.distill.settings_students import Lsq
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Lsq, Sequence
 from modelzip.compressors.prune.settings_training import PruneTrainingSettings
 from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
+from modelzip.weights.exits import ExitsConfig
 
 from ..calibrate import longest, tokenizer_of
 from ..room import BASE_BYTES
-from .changes import Changes, forms, plan_changes
+from .changes import forms, plan_changes
 from .data import Data, is_running_text, read_data, running_text
 from .fit import Problems, check_tokens, objective_of, shell
 from .lesson import Objective
+from .material import padding_of
+from .own import bilstm_config, exits_config
 from .student import (
+    Start,
     Student,
     architecture,
     class_names,
@@ -119,7 +123,7 @@ def plan_training(
     assert changes is not None
     student = replace(student, changes=changes.of, layout=changes.layout)
     result = student.checkpoint()
-    length = settings.max_length or min(LENGTH, longest(skeleton(shell(student))))
+    length = settings.max_length or _length(student, teacher)
     return TrainingPlan(
         kind=stage.kind,
         source=source.source,
@@ -136,9 +140,15 @@ def plan_training(
         bytes_after=result.nbytes,
         memory_bytes=_memory(settings, student, result, teacher, length=length),
         disk_bytes=result.nbytes + 2 * 12 * _trained(student, result),
-        notes=tuple(_notes(settings, student, teacher, data, changes)),
+        notes=(*_own_teacher(settings, recipe), *changes.notes, *_notes(settings, student, teacher, data)),
         result=result,
     )
+
+
+def _length(student: Student, teacher: Checkpoint | None) -> int:
+    """Tokens of a text where nobody said: no more than both models take."""
+    models = [shell(student), *([] if teacher is None else [teacher])]
+    return min(LENGTH, *(longest(skeleton(one)) for one in models))
 
 
 def _check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
@@ -149,8 +159,14 @@ def _check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
         problems.add("no data is named: give data, a file with labelled texts or plain text, or a hub dataset.")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         problems.add("tensorboard needs the package of that name: install it, or leave tensorboard out.")
+    if isinstance(settings, BiLstm | FastBert) and settings.task == "language-modelling":
+        problems.add(f"{settings.method} makes a classifier, so task can't be language-modelling: leave it out.")
+    if source.config.get("model_type") == ExitsConfig.model_type and not _is_new(settings):
+        problems.add(f"{source.source} has exits already, and they aren't trained any further: train what it is from.")
     is_learned = isinstance(settings, Lsq)  # codes that come in are learned from there: see `changes`
-    if not _is_new(settings) and not is_learned and (reason := untrainable(source)) is not None:
+    if isinstance(settings, FastBert) and source.quantization is not None:
+        problems.add(f"{source.source} is compressed, and exits are put on an ordinary classifier: do that first.")
+    elif not _is_new(settings) and not is_learned and (reason := untrainable(source)) is not None:
         problems.add(f"{source.source} {reason}: train it first, and compress it then.")
 
 
@@ -160,7 +176,9 @@ def _teacher(settings: DistillSettings, recipe: Recipe, source: Checkpoint, prob
         if codes := untrainable(source):
             problems.add(f"{source.source} {codes}: it can't teach itself; name a teacher, or set alpha to 0.")
         return source
-    if not isinstance(settings, Logits | TaughtSettings) or (settings.teacher is None and not settings.needs_teacher):
+    if not isinstance(settings, Logits | BiLstm | Sequence | TaughtSettings):
+        return None
+    if isinstance(settings, TaughtSettings) and settings.teacher is None:
         return None
     name = settings.teacher or recipe.model
     revision = None if settings.teacher else recipe.revision
@@ -178,6 +196,11 @@ def _origin(settings: DistillSettings, source: Checkpoint, teacher: Checkpoint |
 
 def _is_new(settings: DistillSettings) -> bool:
     """Whether the student is made from the teacher, not what came in."""
+    return isinstance(settings, BiLstm) or _is_smaller(settings)
+
+
+def _is_smaller(settings: DistillSettings) -> bool:
+    """Whether the student is the teacher with fewer layers or smaller sizes."""
     return isinstance(settings, Logits) and (settings.layers is not None or settings.student_config is not None)
 
 
@@ -198,7 +221,7 @@ def _data(
         known = found[0].examples.names if found and found[0] is not None and found[0].examples else names
 
         def read(source: str = source, split: str = split, known: Any = known) -> Data:
-            needs_labels = None if settings.needs_teacher or teacher is not None else True
+            needs_labels = True if settings.needs_labels and teacher is None else None
             runs = settings.task == "language-modelling" or (
                 settings.task == "auto" and not heads and is_running_text(settings, source, split)
             )
@@ -215,11 +238,36 @@ def _data(
     return first, second
 
 
+def _own_student(settings: BiLstm | FastBert, origin: Checkpoint, data: Data, problems: Problems) -> Student | None:
+    """A student of our own kind; its origin is the classifier that it learns from, or gets the exits."""
+    model = problems.tried(lambda: skeleton(origin))
+    tokenizer = problems.tried(lambda: tokenizer_of(origin))
+    if model is None or tokenizer is None:
+        return None
+    if not is_classifier(origin.config) or data.examples is None:
+        problems.add(
+            f"{origin.source} is a {type(model).__name__}, which has no logits for a whole text: train it with method "
+            "labels first."
+        )
+        return None
+    padding = padding_of(tokenizer, model.config)
+    more = (origin, class_names(model), None if padding is None else padding.token)
+    start: Start
+    if isinstance(settings, BiLstm):
+        config = problems.tried(lambda: bilstm_config(settings, *more))
+        start = "principal" if settings.start == "teacher" else "random"
+    else:
+        config, start = problems.tried(lambda: exits_config(settings, *more)), "exits"
+    return None if config is None else Student(config, origin, start)
+
+
 def _student(
     settings: DistillSettings, origin: Checkpoint, teacher: Checkpoint | None, data: Data, problems: Problems
 ) -> Student | None:
+    if isinstance(settings, BiLstm | FastBert):
+        return _own_student(settings, origin, data, problems)
     config: dict[str, Any] = dict(origin.config)
-    start: Any = "whole"
+    start: Start = "whole"
     layers: tuple[int, ...] = ()
     if isinstance(settings, Logits) and settings.layers is not None:
         start, layers = "layers", settings.layers
@@ -259,8 +307,9 @@ def _memory(
     """Bytes: weights, gradients and two moments in fp32, the teacher, and activations of one batch."""
     config = skeleton(shell(student)).config.get_text_config()
     tokens = settings.train_batch_size * length
-    wide = 18 * config.hidden_size + 3 * config.num_attention_heads * length
-    activations = 4 * tokens * wide * config.num_hidden_layers
+    heads, layers = (getattr(config, name, 1) for name in ("num_attention_heads", "num_hidden_layers"))
+    wide = 18 * config.hidden_size + 3 * heads * length
+    activations = 4 * tokens * wide * layers
     if not is_classifier(student.config):
         activations += 12 * tokens * config.vocab_size * (1 if teacher is None else 2)
     return int(
@@ -276,10 +325,16 @@ def _trained(student: Student, result: Checkpoint) -> int:
     return plain + sum(math.prod(change.after.shape) * (1 + ("scores" in change.rates())) for change in changes)
 
 
-def _notes(
-    settings: DistillSettings, student: Student, teacher: Checkpoint | None, data: Data, changes: Changes
-) -> list[str]:
-    notes = list(changes.notes)
+def _own_teacher(settings: DistillSettings, recipe: Recipe) -> list[str]:
+    """What is said of a student that starts as the very model it learns from."""
+    is_first = settings is recipe.stages[0].settings
+    if not isinstance(settings, Logits) or settings.teacher or _is_new(settings) or not is_first:
+        return []
+    return ["the student starts as its own teacher: name layers, student_config or another teacher"]
+
+
+def _notes(settings: DistillSettings, student: Student, teacher: Checkpoint | None, data: Data) -> list[str]:
+    notes = []
     if student.has_new_head:
         count = len(student.config["id2label"])
         notes.append(f"{student.origin.source} gets a new classifier of {count} outputs, with random weights")

@@ -19,8 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.shards import disk_errors, sync_folder, write_file
 
+from .. import ranks
 from ..progress import Progress
-from . import ranks
 from .material import Material
 from .order import EpochOrder
 

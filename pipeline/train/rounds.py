@@ -29,8 +29,8 @@ from modelzip.compressors.prune.lottery import (
 )
 from modelzip.compressors.prune.settings_training import Lottery
 
+from .. import ranks
 from ..progress import Progress
-from . import ranks
 from .lesson import Lesson
 from .order import seeded
 from .trainer import Learned
@@ -187,7 +187,9 @@ def _masks(lesson: Lesson, matrices: Sequence[str]) -> State:
 def _done(work: Path) -> dict[str, Any] | None:
     """The figures of a training that is done, as the main process finds them."""
     file = work / DONE
-    found = json.loads(file.read_text()) if ranks.is_main() and file.exists() else None
+    found: dict[str, Any] | None = None
+    if ranks.is_main() and file.exists():
+        found = json.loads(file.read_text())
     return ranks.told(found)
 
 

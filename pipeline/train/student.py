@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import torch
 import transformers
@@ -32,7 +32,10 @@ from ..layer_plan import weights_now
 if TYPE_CHECKING:  # which is planned on students
     from .changes import Change
 
+from .own import fill_base, fill_embedding
+
 CLASSIFIER: Final = "ForSequenceClassification"
+Start: TypeAlias = Literal["whole", "layers", "copy", "random", "principal", "exits"]
 _SPELLINGS: Final = {dtype: spelling for spelling, dtype in DTYPES.items()}
 
 
@@ -40,14 +43,15 @@ _SPELLINGS: Final = {dtype: spelling for spelling, dtype in DTYPES.items()}
 class Student:
     """config: its config.json. origin: the checkpoint that its weights come from.
 
-    start: whole: all of the origin's weights; layers: those of some layers; copy: the leading part of each; random.
+    start: whole: all of the origin's weights; layers: those of some layers; copy: the leading part of each; random;
+    principal: random but for an embedding by the origin's principal axes; exits: the origin within, random exits.
     layers: of the origin, by their places in the student. has_new_head: whether the origin has no classifier.
     changes: linears that the method puts its own modules in place of, by name. layout: in which they are written.
     """
 
     config: Mapping[str, Any]
     origin: Checkpoint
-    start: Literal["whole", "layers", "copy", "random"] = "whole"
+    start: Start = "whole"
     layers: tuple[int, ...] = ()
     has_new_head: bool = False
     changes: Mapping[str, Change] = field(default_factory=dict)
@@ -227,8 +231,7 @@ def open_student(student: Student, *, seed: int, attention: str | None = None) -
         else:
             model_class: Any = type(model)
             made = model_class._from_config(model.config, dtype=torch.float32, attn_implementation=attention)
-            if student.start != "random":
-                _fill(made, student)
+            _begin(made, student)
     for name, change in student.changes.items():
         made.set_submodule(name, change.mounted(made.get_submodule(name)))
     for name, module in list(made.named_modules()):
@@ -275,6 +278,17 @@ def _pretrained(model_class: Any, origin: Checkpoint, config: Any, attention: st
     if lacking:
         raise CheckpointError(f"{origin.source} lacks {sorted(lacking)[0]}, which {model_class.__name__} needs.")
     return model
+
+
+def _begin(made: Any, student: Student) -> None:
+    """Put what the start says of the origin's weights into a student that is random."""
+    match student.start:
+        case "principal":
+            fill_embedding(made, open_whole(student.origin))
+        case "exits":
+            fill_base(made, open_whole(student.origin))
+        case "layers" | "copy":
+            _fill(made, student)
 
 
 def _body(model: Any) -> str:

@@ -40,6 +40,10 @@ class Plan:
     disk_bytes: int = 92_000_000
     notes: tuple[str, ...] = ("lm_head is left alone",)
 
+    def rows(self) -> list[tuple[str, str, str, int, int, str]]:
+        (module,) = self.modules
+        return [(module.name, module.method, "4 bit", module.bytes_before, module.bytes_after, module.note)]
+
     def as_dict(self) -> dict[str, Any]:
         return {"source": self.source, "modules": [module.name for module in self.modules]}
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from modelzip.cli import model as model_module
 from modelzip.cli.main import answer
+from modelzip.compressors.prune.structural_settings import Layers
 from modelzip.compressors.quantize.settings import Gptq, Rtn
+from modelzip.recipes.schema import STAGES
 
 
 def test_options_become_the_recipe_that_the_pipeline_gets(pipeline):
@@ -90,6 +94,51 @@ def test_every_setting_of_every_method_is_an_option(pipeline, capsys, monkeypatc
     for key in {*Gptq.model_fields, *Rtn.model_fields}:
         assert "--" + key.replace("_", "-") in told
     assert "--asymmetric" in told
+
+
+@pytest.mark.parametrize("kind", list(STAGES))
+def test_no_two_options_of_a_verb_have_the_same_name(pipeline, capsys, kind):
+    assert answer([kind, "--help"]) == 0
+    _, options = capsys.readouterr().out.split("\nMethod:\n")  # above stand examples
+    named = re.findall(r"^  (?:-o, )?(--[a-z-]+)", options, flags=re.MULTILINE)
+    assert len(named) > 30
+    assert sorted(named) == sorted(set(named))
+
+
+def test_an_option_that_means_two_things_says_what_each_method_does_with_it(pipeline, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert answer(["prune", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(default: local) For heads or neurons: Where" in told
+    assert "(default: uniform)" in told
+
+
+@pytest.mark.parametrize("line", ["--keep 0,2", "--keep 0 --keep 2", "--keep=0 --keep 2"])
+def test_a_list_is_typed_with_commas_or_one_by_one(pipeline, line):
+    assert answer(["prune", "m", "--method", "layers", *line.split()]) == 0
+    assert pipeline.asked["recipe"].stages[0].settings == Layers(keep=(0, 2))
+
+
+def test_a_mapping_is_typed_as_keys_and_values(pipeline):
+    line = "distill m --data t.tsv --signals hidden=1,attention=0.5 --student-config hidden_size=16 --layer-map 1,2"
+    assert answer(line.split()) == 0
+    settings = pipeline.asked["recipe"].stages[0].settings
+    assert dict(settings.signals) == {"hidden": 1, "attention": 0.5}
+    assert dict(settings.student_config) == {"hidden_size": 16}
+    assert settings.layer_map == (1, 2)
+    assert answer(["distill", "m", "--data", "t.tsv", "--layer-map", "last"]) == 0
+    assert pipeline.asked["recipe"].stages[0].settings.layer_map == "last"
+
+
+def test_an_option_is_read_as_its_method_takes_it_which_may_be_the_recipes(pipeline, tmp_path):
+    (tmp_path / "r.yaml").write_text("model: m\nstages: [{prune: {method: layers, drop: [1]}}]\n")
+    assert answer(["prune", "--recipe", "r.yaml", "--drop", "0,2"]) == 0
+    assert pipeline.asked["recipe"].stages[0].settings == Layers(drop=(0, 2))
+
+
+def test_a_mapping_without_values_is_refused(pipeline, capsys):
+    assert answer(["distill", "m", "--data", "t.tsv", "--signals", "hidden"]) == 2
+    assert "--signals hidden: must be KEY=VALUE" in capsys.readouterr().err
 
 
 def test_the_help_lists_options_in_sections(pipeline, capsys, monkeypatch):

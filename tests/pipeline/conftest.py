@@ -29,6 +29,7 @@ from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
 from modelzip.pipeline import selftext, verify
 from modelzip.pipeline.run import Result, run_recipe
 from modelzip.recipes.load import parse_recipe
+from modelzip.recipes.schema import STAGES
 from modelzip.weights.affine import Affine
 from modelzip.weights.kinds import from_tensors
 
@@ -77,13 +78,19 @@ def here() -> Callable[[Callable[[], Any]], Any]:
 
 @pytest.fixture(scope="session")
 def recipe_of() -> Callable[..., Any]:
-    """recipe_of(model, *stages, calibration=..., ...) -> a recipe: few windows, no evaluation unless asked for."""
+    """recipe_of(model, *stages, calibration=..., ...) -> a recipe: few windows, no evaluation unless asked for.
+
+    A stage is written as in YAML, `{"prune": {...}}`; without its kind it quantizes in groups of 16.
+    """
 
     def make(model: Path, *stages: Mapping[str, Any], calibration: Mapping[str, Any] | None = None, **rest: Any) -> Any:
         data = {
             "model": str(model),
             "calibration": {"samples": 8, "seq_len": 16, **(calibration or {})},
-            "stages": [{"quantize": {"group_size": 16, **stage}} for stage in stages],
+            "stages": [
+                dict(stage) if stage.keys() & STAGES.keys() else {"quantize": {"group_size": 16, **stage}}
+                for stage in stages
+            ],
             "evaluate": {"enabled": False},
             **rest,
         }

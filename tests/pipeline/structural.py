@@ -28,16 +28,15 @@ class Progress:
         raise AssertionError(line)
 
 
-def recipe_of(**settings: Any) -> Any:
-    return parse_recipe(
-        {"model": "x", "calibration": {"seq_len": 12, "samples": 4}, "stages": [{"prune": settings}]}, ""
-    )
+def recipe_of(*, kind: str = "prune", **settings: Any) -> Any:
+    return parse_recipe({"model": "x", "calibration": {"seq_len": 12, "samples": 4}, "stages": [{kind: settings}]}, "")
 
 
 def plan_of(source: Checkpoint, output: Path, **settings: Any) -> StructuralPlan:
     """The plan; raises ProblemsError as the plan of a whole recipe does."""
     recipe, problems = recipe_of(**settings), []
-    plan = plan_structural(recipe.stages[0], source, recipe=recipe, output=output, where="prune", problems=problems)
+    (stage,) = recipe.stages
+    plan = plan_structural(stage, source, recipe=recipe, output=output, where=stage.kind, problems=problems)
     if problems:
         raise ProblemsError(problems)
     assert plan is not None

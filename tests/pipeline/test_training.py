@@ -419,7 +419,7 @@ def test_two_processes_learn_what_one_learns_that_accumulates_twice(without_drop
         output = tmp_path / str(count)
         job = {"model": model, "output": str(output), "stage": {**stage, "gradient_accumulation": 2 // count}}
         (tmp_path / "job.json").write_text(json.dumps({**job, "stage": {**job["stage"], "eval_every": 5}}))
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"] if count == 2 else []
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if count == 2 else []
         told = subprocess.run([sys.executable, *launch, script, str(tmp_path / "job.json")], capture_output=True)
         assert told.returncode == 0, told.stderr.decode()
         assert told.stdout == b""

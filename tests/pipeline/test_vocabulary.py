@@ -146,7 +146,7 @@ def test_without_the_corpus_tokens_those_are_left_that_no_text_can_do_without(pr
     before, _, _ = pruned
     source = Checkpoint.open(str(before))
     corpus = str(before.parent / "text.txt")
-    least = help.plan_of(source, tmp_path, method="vocabulary", corpus=corpus, keep=1)
+    least = help.plan_of(source, tmp_path, method="vocabulary", corpus=corpus, max_tokens=1)
     most = help.plan_of(source, tmp_path, method="vocabulary", corpus=corpus)
     never = help.plan_of(source, tmp_path, method="vocabulary", corpus=corpus, min_count=10_000)
     assert set(least.choice) == set(never.choice) < set(most.choice)

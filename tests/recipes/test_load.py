@@ -218,3 +218,15 @@ def test_the_json_schema_describes_the_flat_yaml_with_every_method():
     rule = methods[1]["properties"]["rules"]["items"]["properties"]
     assert {"match", "skip", "bits"} <= set(rule)
     assert not {"method", "layout", "overrides"} & set(rule)
+
+
+def test_a_setting_named_keep_goes_to_the_method_and_a_stages_folder_is_its_output():
+    data = {"stages": [{"prune": {"method": "layers", "keep": [0], "output": "pruned"}}, {"quantize": {}}]}
+    first, _ = parse_recipe(data, "r.yaml").stages
+    assert first.settings.keep == (0,)
+    assert first.output == "pruned"
+
+
+def test_the_last_stages_output_is_the_runs():
+    (told,) = problems({"stages": [{"prune": {"output": "a"}}, {"quantize": {"output": "b"}}]}, "r.yaml")
+    assert told.startswith("r.yaml: stages[1].quantize.output: is for stages before the last")

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..progress import Progress
+from .progress import Progress
 
 T = TypeVar("T")
 

@@ -1,0 +1,65 @@
+"""Models with all their weights in memory, filled by modelzip's own reader."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelzip.checkpoints.blocks import Structure, skeleton
+from modelzip.checkpoints.errors import CheckpointError
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.names import NameMap
+from modelzip.checkpoints.reader import Decode, materialise, move_buffers
+from modelzip.weights.layouts import decoder
+
+
+def decode_of(checkpoint: Checkpoint) -> Decode | None:
+    """What makes the checkpoint's compressed weights dense; None where there are none."""
+    config = checkpoint.quantization
+    if config is None:
+        return None
+    try:
+        compressed = decoder(config)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.source} is {error}, which modelzip doesn't read: it reads its own outputs and "
+            "compressed-tensors pack-quantized."
+        ) from None
+
+    def dense(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        return compressed(name, tensors).dense(torch.float32)
+
+    return dense
+
+
+def load_whole(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model with all its weights, compressed ones made dense, in eval mode and without gradients of weights."""
+    model = skeleton(checkpoint)
+    model.config.use_cache = False
+    names = NameMap(model, checkpoint)
+    move_buffers(model, device)
+    materialise(
+        model, [""], checkpoint=checkpoint, names=names, device=device, dtype=dtype, decode=decode_of(checkpoint)
+    )
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):  # it computes with a list of its own, which knows the meta tensors
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    return model
+
+
+class WholeModel:
+    """A model of our own kind where others are streamed: the same `model`, `device` and `outputs`, and no blocks."""
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.structure = Structure((), (), (), ())
+        self.model = load_whole(checkpoint, dtype=dtype, device=device)
+
+    def outputs(self, batches: Sequence[Mapping[str, Tensor]]) -> Generator[Any, None, None]:
+        """The forward's output for each batch, one in memory at a time."""
+        for batch in batches:
+            yield self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()})
