@@ -107,6 +107,15 @@ class Journal:
             os.fsync(stream.fileno())
 
 
+def started_for(folder: Path) -> str | None:
+    """The fingerprint of the run that a folder's journal is of; None if there is no journal."""
+    try:
+        first = (folder / NAME).read_bytes().partition(b"\n")[0]
+        return str(json.loads(first)["fingerprint"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        return None
+
+
 def _line(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry, sort_keys=True).encode() + b"\n"
 

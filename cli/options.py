@@ -14,7 +14,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from modelzip.recipes.describe import allowed, choices, default, either, extra
+from modelzip.recipes.describe import allowed, choices, default, either, extra, shape
 from modelzip.recipes.schema import Calibration, Evaluation, Recipe, Stage
 
 from .failures import guarded
@@ -90,7 +90,7 @@ def field_option(
     name = "set_" + "_".join(path).replace("@", "")
     words = choices(field)
     long = len("|".join(words)) > WIDEST
-    kind = shape(field)
+    kind = _typed_as(field)
     one_of = f"One of {either(words)}." if long and kind == "text" else ""
     several = SEVERAL[kind] if path[0] == STAGE or kind == "text" else "May be repeated."
     told = " ".join(part for part in (field.description, one_of, several, note, _default_note(field)) if part)
@@ -105,10 +105,10 @@ def field_option(
     return Option(name, flags[::-1], told, kind=taken, path=path, metavar=metavar, words=words, panel=panel)
 
 
-def shape(field: FieldInfo) -> Literal["text", "list", "mapping"]:
-    """What an option's value has to be taken apart to."""
-    annotation = str(field.annotation)
-    return "list" if annotation.startswith("tuple") else "mapping" if "Mapping[" in annotation else "text"
+def _typed_as(field: FieldInfo) -> Literal["text", "list", "mapping"]:
+    """How an option is typed: a list beside which words are taken too is one text, taken apart later."""
+    form = shape(field)
+    return "text" if form == "one" or (form == "list" and choices(field)) else form
 
 
 def _metavar(field: FieldInfo, words: tuple[str, ...]) -> str:

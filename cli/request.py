@@ -11,15 +11,14 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from modelzip.checkpoints.errors import ProblemsError, RecipeError
-from modelzip.compressors.settings import MethodSettings
 from modelzip.evaluation.gates import parse_gates, require_measured
-from modelzip.recipes.describe import choices
+from modelzip.recipes.describe import choices, shape
 from modelzip.recipes.files import read_recipe_file
 from modelzip.recipes.load import NOT_RENAMED, parse_recipe
 from modelzip.recipes.schema import STAGES, Recipe, Stage
 
 from .model import own_recipe
-from .options import STAGE, Option, shape
+from .options import STAGE, Option
 
 Path_ = tuple[str | int, ...]
 
@@ -40,13 +39,12 @@ def recipe_from(options: Sequence[Option], values: Mapping[str, Any], kind: str 
     given += [_assignment(one) for one in values.get("set") or ()]
     stage = () if kind is None else _stage_path(data, kind, origin)
     renamed: dict[str, str] = {}
-    method = None if kind is None else _method(data, stage, STAGES[kind], asked=values.get("set_stage_method"))
+    ours = {path[1]: (value, said) for path, value, said in given if path[0] == STAGE}
     for path, value, said in given:
-        if path[0] == STAGE and method is not None and path[1] in method.model_fields:
-            value = _taken_apart(method.model_fields[path[1]], value, said)
-        whole: Path_ = (*stage, *path[1:]) if path[0] == STAGE else path
-        if _put(data, whole, value):
-            renamed[_dotted(whole)] = said
+        if path[0] != STAGE and _put(data, path, value):
+            renamed[_dotted(path)] = said
+    if kind is not None and ours:
+        renamed |= _put_settings(data, stage, ours, STAGES[kind])
     return checked(data, origin, renamed=renamed)
 
 
@@ -111,36 +109,45 @@ def _stage_path(data: dict[str, Any], kind: str, origin: str) -> Path_:
     return ("stages", found[0] if found else 0, kind)
 
 
-def _method(
-    data: Mapping[str, Any], stage: Path_, cls: type[Stage], *, asked: str | None
-) -> type[MethodSettings] | None:
-    """The settings class of the verb's own stage, None if there is none of that name."""
-    found: Any = data
-    for key in stage:
-        if isinstance(found, list) and isinstance(key, int) and key < len(found):
-            found = found[key]
-        else:
-            found = found.get(key) if isinstance(found, Mapping) else None
-    written = found.get("method") if isinstance(found, Mapping) else None
-    return cls.methods.get(str(asked or written or cls.default_method))
+def _put_settings(data: Any, stage: Path_, given: Mapping[str, tuple[Any, str]], cls: type[Stage]) -> dict[str, str]:
+    """Lay options over the settings of a stage; the paths at which they stand now, with the options' names."""
+    *_, number, place = stage
+    stages = data["stages"]
+    parent = stages[number] if isinstance(stages, list) and isinstance(number, int) and number < len(stages) else None
+    if not isinstance(parent, dict) or not isinstance(parent.get(place) or {}, dict):
+        return {}
+    flat = parent.get(place) or {}
+    name = given["method"][0] if "method" in given else flat.get("method", cls.default_method)
+    method = cls.methods.get(name) if isinstance(name, str) else None
+    fields = {} if method is None else method.model_fields
+    values = {key: typed(fields[key], value) if key in fields else value for key, (value, _) in given.items()}
+    parent[place] = {**flat, **values} if method is None else method.overlaid(flat, values)
+    return {_dotted((*stage, key)): said for key, (_, said) in given.items()}
 
 
-def _taken_apart(field: FieldInfo, value: Any, said: str) -> Any:
-    """What an option's words mean to this method: `0,2` is a list to one that takes a list."""
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, str) for one in texts):
+def typed(field: FieldInfo, value: Any) -> Any:
+    """What was typed for a setting as a recipe would have it: lists as `0,2,4` or one by one, mappings as `a=1,b=2`."""
+    form = shape(field)
+    pieces = [value] if isinstance(value, str) else value
+    if not isinstance(pieces, list) or not all(isinstance(one, str) for one in pieces):
         return value
-    parts = [part.strip() for one in texts for part in one.split(",")]
-    if shape(field) == "list" or ("tuple[" in str(field.annotation) and value not in choices(field)):
-        return parts
-    if shape(field) == "mapping":
-        pairs = [part.partition("=") for part in parts]
-        if not all(key and equals for key, equals, _ in pairs):
-            raise RecipeError(f"{said} {','.join(texts)}: must be KEY=VALUE, several separated by commas")
-        return {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
-    if len(texts) > 1:
-        raise RecipeError(f"{said}: is given {len(texts)} times, but is one value to this method")
-    return texts[0]
+    if form == "list":
+        words = choices(field)
+        split = [part.strip() for one in pieces for part in one.strip("[]() ").split(",") if part.strip()]
+        return split[0] if len(split) == 1 and split[0] in words else split
+    if form == "mapping" and len(pieces) == 1:
+        return _mapping(pieces[0])
+    return pieces[0] if len(pieces) == 1 else value
+
+
+def _mapping(text: str) -> Any:
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        if all(equals for _, equals, _ in pairs):
+            return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _put(data: Any, path: Path_, value: Any) -> bool:

@@ -26,13 +26,20 @@ class MethodSettings(BaseModel):
     example: ClassVar[str] = ""
     whole_stage: ClassVar[frozenset[str]] = frozenset({"method"})
     """Fields that a rule can't change for some modules only."""
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    """Fields of which one takes the place of the others."""
 
     method: str = Field(default="", description="Name of the method.")
 
     @classmethod
     def overlaid(cls, data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a stage as plain data, with those of a rule on top."""
-        return {**data, **overrides}
+        """The settings of a stage as plain data, with those of a rule or of options on top.
+
+        One of the `alternatives` takes the place of whichever the stage has.
+        """
+        if all(overrides.get(name) is None for name in cls.alternatives):
+            return {**data, **overrides}
+        return {**{name: value for name, value in data.items() if name not in cls.alternatives}, **overrides}
 
     @property
     def label(self) -> str:

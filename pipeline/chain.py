@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from modelzip.checkpoints.index import Checkpoint
@@ -16,6 +15,7 @@ from . import ranks
 from .classify import by_labels, classification_section
 from .context import Run
 from .engines import run_stage
+from .folders import memory_file
 from .identity import provenance_of, read_provenance
 from .measure import evaluation_section
 from .text import Windows
@@ -76,12 +76,20 @@ def run_chain(
     return done
 
 
-def finished_chain(run: Run, provenance: dict[str, Any]) -> list[StageDone]:
-    """What the stages of a finished run recorded; sizes of those whose outputs are gone are the planned ones."""
-    return [
-        StageDone(one["kind"], one["method"], one["records"], plan.bytes_after, None, _remembered(run, number))
-        for number, (one, plan) in enumerate(zip(provenance["stages"], run.plans, strict=True))
-    ]
+def finished_chain(run: Run, provenance: dict[str, Any], kept: Windows | None) -> list[StageDone]:
+    """What the stages of a finished run recorded, and what is still to be measured of them.
+
+    Sizes of those whose outputs are gone are the planned ones.
+    """
+    done = []
+    for number, (one, plan, target) in enumerate(zip(provenance["stages"], run.plans, run.targets, strict=True)):
+        result = None
+        if target != run.output and read_provenance(target, run.context.fingerprint) is not None:
+            result = Checkpoint.open(str(target))
+        found = _remembered(run, number) if result is None else _measured_once(run, number, result, kept)
+        size = plan.bytes_after if result is None else result.nbytes
+        done.append(StageDone(one["kind"], one["method"], one["records"], size, None, found))
+    return done
 
 
 def _describer(run: Run, done: list[StageDone]) -> Callable[[dict[str, Any]], bytes]:
@@ -141,9 +149,3 @@ def _remember(run: Run, number: int, found: dict[str, Any]) -> None:
 
 def _protocol(run: Run) -> dict[str, Any]:
     return run.context.recipe.evaluate.model_dump(mode="json")
-
-
-def memory_file(run: Run) -> Path:
-    """The hidden file beside the output that keeps what was measured of earlier stages, until the run is done."""
-    whole = Path(os.path.abspath(run.output))
-    return whole.with_name(f".{whole.name}.measured.json")

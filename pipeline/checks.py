@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from modelzip.checkpoints.errors import OutputError, RecipeError
+from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.target import partial_of
 from modelzip.checkpoints.writer import CheckpointWriter
@@ -18,6 +18,7 @@ from modelzip.kernels import dispatch
 from .calibrate import is_causal
 from .context import Run
 from .engines import stage_fingerprint
+from .folders import check_left
 from .identity import header_hash
 from .room import check_machine
 from .tokens import same_tokens, vocabulary_size
@@ -88,12 +89,8 @@ def check_room(run: Run, *, overwrite: bool, resume: bool) -> None:
         CheckpointWriter.open(
             run.output, source=run.checkpoint, fingerprint=last, overwrite=overwrite, resume=resume
         ).close()
-    left = [folder for target in targets[:-1] for folder in (target, partial_of(target)) if folder.exists()]
-    if left and not (overwrite or resume):
-        raise OutputError(
-            f"An interrupted run for {run.output} has left {left[0]}; give --resume to go on with it, or --overwrite "
-            "to start again."
-        )
+    earlier = [stage_fingerprint(run.context, plan) for plan in run.plans[:-1]]
+    check_left(run, earlier, overwrite=overwrite, resume=resume)
     for note in dict.fromkeys(note for plan in run.plans for note in plan.notes):
         run.context.progress.say(note)
 

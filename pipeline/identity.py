@@ -71,11 +71,18 @@ def provenance_of(
 
 def read_provenance(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     """modelzip.json of a finished output of this very run, or None."""
+    data = provenance_in(folder)
+    return data if data.get("fingerprint") == fingerprint else None
+
+
+def provenance_in(folder: Path) -> dict[str, Any]:
+    """What modelzip.json of a folder says; empty if there is none, or another program's file of that name."""
     file = folder / PROVENANCE
-    if not file.is_file():
-        return None
-    data = json.loads(file.read_text())
-    return data if isinstance(data, dict) and data.get("fingerprint") == fingerprint else None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        data = {}
+    return data if isinstance(data, dict) else {}
 
 
 def _json(value: Any) -> bytes:

@@ -7,6 +7,7 @@ of tensors, as they will be.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol
@@ -16,9 +17,11 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.settings import Engine
 from modelzip.recipes.schema import Recipe
 
+from .folders import folder_problems
 from .layer_plan import plan_layers
 from .request import Request
 from .structural import plan_structural
+from .text import is_file
 from .train.plan import plan_training
 
 
@@ -64,7 +67,7 @@ def _structural(request: Request) -> Plan:
         output=request.output,
         where=request.where,
         problems=request.problems,
-        later=request.number > 0,
+        disk_before=request.disk_before,
     )
     if plan is None:
         raise ProblemsError(())
@@ -72,9 +75,10 @@ def _structural(request: Request) -> Plan:
 
 
 def _training(request: Request) -> Plan:
-    return plan_training(
+    plan = plan_training(
         request.stage, request.checkpoint, recipe=request.recipe, output=request.output, where=request.where
     )
+    return replace(plan, disk_bytes=plan.disk_bytes + request.disk_before)
 
 
 PLANNERS: Final[Mapping[Engine, Callable[[Request], Plan]]] = MappingProxyType(
@@ -86,17 +90,29 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
     """A plan for each stage, the later ones on what the earlier ones leave. Raises ProblemsError with all mistakes,
     CheckpointError if the model can't be compressed. Whether the machine has room: `room.check_machine`."""
     plans: list[Plan] = []
-    problems: list[str] = []
+    problems = folder_problems(recipe, checkpoint, output)
     for number, stage in enumerate(recipe.stages):
         where = f"stages[{number}].{stage.kind}" if len(recipe.stages) > 1 else stage.kind
-        request = Request(recipe, stage, checkpoint, output, where, number, problems)
+        request = Request(recipe, stage, checkpoint, output, where, problems, sum(plan.bytes_after for plan in plans))
         try:
             plan = PLANNERS[stage.settings.engine](request)
         except ProblemsError as error:
             problems += error.sentences
+            problems += _lacking_files(recipe, number + 1)  # all that can be said of stages on an unknown input
             break
         plans.append(plan)
         checkpoint = plan.result
     if problems:
         raise ProblemsError(problems)
     return plans
+
+
+def _lacking_files(recipe: Recipe, first: int) -> list[str]:
+    """Sentences about the data files that aren't there, of the stages from `first` on."""
+    problems = []
+    for number, stage in enumerate(recipe.stages[first:], first):
+        for key in ("data", "validation", "corpus"):
+            source = getattr(stage.settings, key, None)
+            if source is not None and is_file(source) and not Path(source).is_file():
+                problems.append(f"stages[{number}].{stage.kind}: {key}: there is no file {source}.")
+    return problems

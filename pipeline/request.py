@@ -14,7 +14,8 @@ class Request:
     """One stage to be planned.
 
     checkpoint: what it starts from; only its config and its tensors' names, types and shapes count. where: how problems
-    name the stage. problems: a list to which all that is wrong is added, one sentence each.
+    name the stage. problems: a list to which all that is wrong is added, one sentence each. disk_before: bytes of what
+    earlier stages have written, which lies beside this one's output until the run is done.
     """
 
     recipe: Recipe
@@ -22,10 +23,5 @@ class Request:
     checkpoint: Checkpoint
     output: Path
     where: str
-    number: int
     problems: list[str]
-
-    @property
-    def disk_before(self) -> int:
-        """Bytes of an earlier stage's output, which lies beside this one's while it is written."""
-        return self.checkpoint.nbytes if self.number else 0
+    disk_before: int = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from modelzip.checkpoints.errors import RecipeError
+from modelzip.checkpoints.errors import CalibrationError, ProblemsError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.target import check_target, clean_up
 from modelzip.evaluation.gates import parse_gates, require_measured
@@ -21,7 +20,7 @@ from modelzip.recipes.schema import Evaluation, Recipe
 
 from . import ranks
 from .calibrate import calibration_windows, evaluation_windows
-from .chain import StageDone, finished_chain, measured, memory_file, run_chain
+from .chain import StageDone, finished_chain, measured, run_chain
 from .checks import (
     check_comparable,
     check_comparison,
@@ -38,6 +37,7 @@ from .context import Context, Run
 from .early_exits import check_exits
 from .environment import environment, package_version, peak_memory_mb
 from .export import check_exports, export_all
+from .folders import sweep
 from .identity import fingerprint_of, header_hash, read_provenance
 from .measure import evaluation_section, open_running, pick_device, reopen
 from .plans import Plan, make_plans
@@ -56,9 +56,7 @@ class Result:
 
 def plan_recipe(recipe: Recipe, *, output: Path) -> list[Plan]:
     """The plan of every stage, from headers alone. Raises what `make_plans` raises."""
-    plans = make_plans(recipe, _open(recipe), output=output)
-    _check_data(recipe, plans[-1].result)
-    return plans
+    return _plans(recipe, _open(recipe), output=output)
 
 
 def run_recipe(
@@ -80,8 +78,7 @@ def run_recipe(
             check_target(output, overwrite=overwrite)  # as for all models later, but to open this one takes a while
         progress.say(f"reading {recipe.model}: the first time, it is turned into safetensors in the cache")
     checkpoint = _open(recipe)
-    plans = make_plans(recipe, checkpoint, output=output)
-    _check_data(recipe, plans[-1].result)
+    plans = _plans(recipe, checkpoint, output=output)
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
     check_exports(recipe, output, context.fingerprint, overwrite=overwrite, resume=resume)
     run = Run(context, checkpoint, plans, output, started)
@@ -98,6 +95,7 @@ def run_recipe(
         if (report := report_of(run)) is not None:
             progress.say(f"{output} is finished already; this is its report.")
             _export(run, overwrite=overwrite, resume=resume)
+            sweep(run)
             return Result(output, report)
     else:
         check_room(run, overwrite=overwrite, resume=resume)
@@ -106,12 +104,10 @@ def run_recipe(
         if earlier is None:
             done = run_chain(run, calibration, kept, overwrite=overwrite, resume=resume)
         else:
-            done = finished_chain(run, earlier)
+            done = finished_chain(run, earlier, kept)
         result = _measured(run, done, calibration, kept)
         _export(run, overwrite=overwrite, resume=resume)
-    for folder in run.passing:
-        shutil.rmtree(folder, ignore_errors=True)
-    memory_file(run).unlink(missing_ok=True)
+    sweep(run)
     return result
 
 
@@ -199,13 +195,27 @@ def _open(recipe: Recipe) -> Checkpoint:
     return Checkpoint.open(recipe.model, revision=recipe.revision)
 
 
-def _check_data(recipe: Recipe, result: Checkpoint) -> None:
-    """Raise CalibrationError for data files that can't be read, before any work is done. result: as it will be."""
+def _plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan]:
+    """The plan of every stage, and data files that can be read. Raises what `make_plans` raises, CalibrationError."""
+    try:
+        plans = make_plans(recipe, checkpoint, output=output)
+    except ProblemsError as error:
+        try:
+            _check_calibration(recipe)
+        except CalibrationError as other:
+            raise ProblemsError([*error.sentences, str(other)]) from None
+        raise
+    _check_calibration(recipe)
+    if recipe.evaluate.enabled:
+        config = plans[-1].result.config
+        check_evaluation(recipe.evaluate, classifier=is_classifier(config))
+        check_exits(recipe.evaluate, config, labelled=by_labels(recipe.evaluate, config))
+    return plans
+
+
+def _check_calibration(recipe: Recipe) -> None:
     if recipe.calibration.source != "self":
         check_source(recipe.calibration.source, field=recipe.calibration.field)
-    if recipe.evaluate.enabled:
-        check_evaluation(recipe.evaluate, classifier=is_classifier(result.config))
-        check_exits(recipe.evaluate, result.config, labelled=by_labels(recipe.evaluate, result.config))
 
 
 def evaluate_models(

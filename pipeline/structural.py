@@ -39,7 +39,7 @@ class StructuralPlan:
     """One structural stage, checked. Sizes in bytes; memory and disk are what the run will need.
 
     choice: what stays, as far as headers tell it. result: the checkpoint that will come out, to plan later stages on:
-    its tensors can't be read. A later stage's disk holds what the one before it wrote, too.
+    its tensors can't be read. A later stage's disk holds what those before it wrote, too.
     """
 
     source: str
@@ -80,12 +80,12 @@ def plan_structural(
     output: Path,
     where: str,
     problems: list[str],
-    later: bool = False,
+    disk_before: int = 0,
 ) -> StructuralPlan | None:
     """The plan of a stage on `checkpoint`, of which only config and headers are read; it may be another plan's result.
 
-    Mistakes are added to `problems`, each with `where` before it; None if there are any. later: whether an earlier
-    stage's output is on disk, too.
+    Mistakes are added to `problems`, each with `where` before it; None if there are any. disk_before: bytes of
+    earlier stages' outputs.
     """
     settings = stage.settings
     found = [f"{where}: {sentence}" for sentence in _refused(stage)]
@@ -116,7 +116,7 @@ def plan_structural(
         bytes_before=before,
         bytes_after=after,
         memory_bytes=BASE_BYTES + method.memory(settings, checkpoint, recipe),
-        disk_bytes=after + (before if later else 0),
+        disk_bytes=after + disk_before,
         needs_data=settings.needs_data,
         notes=method.notes(settings, rewrite),
     )

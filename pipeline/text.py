@@ -70,7 +70,7 @@ def read_windows(
 
 def check_source(source: str, *, field: str) -> None:
     """Raise CalibrationError if a local file is missing, empty, of an unknown kind, or lacks the field."""
-    if not _is_file(source):
+    if not is_file(source):
         return
     path = Path(source)
     if not path.is_file():
@@ -80,14 +80,15 @@ def check_source(source: str, *, field: str) -> None:
     next(documents(path, field), None)
 
 
-def _is_file(source: str) -> bool:
+def is_file(source: str) -> bool:
+    """Whether a source names a local file, which may be missing, and not a hub dataset."""
     path = Path(source)
     return path.exists() or path.suffix in {".txt", ".jsonl", ".parquet", ".json", ".csv", ".tsv", ".md"}
 
 
 def _text(source: str, *, field: str, split: str, characters: int) -> tuple[str, bool]:
     """About the first `characters` of the source's text, and whether that is all of it."""
-    every = documents(Path(source), field) if _is_file(source) else _hub(source, field=field, split=split)
+    every = documents(Path(source), field) if is_file(source) else _hub(source, field=field, split=split)
     pieces: list[str] = []
     length = 0
     for document in every:

@@ -99,3 +99,11 @@ def _words(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(value) for value in get_args(annotation)]
     return [word for one in get_args(annotation) for word in _words(one)]
+
+
+def shape(field: FieldInfo) -> Literal["one", "list", "mapping"]:
+    """Whether a field takes a single value, a list (perhaps beside words), or a mapping."""
+    origins = {get_origin(one) for one in (field.annotation, *get_args(field.annotation))}
+    if tuple in origins:
+        return "list"
+    return "mapping" if any(isinstance(one, type) and issubclass(one, Mapping) for one in origins) else "one"

@@ -143,6 +143,7 @@ class Logits(DistillSettings):
     """A teacher's logits are learned, beside the labels where there are any."""
 
     needs_teacher: ClassVar[bool] = True
+    alternatives: ClassVar[tuple[str, ...]] = ("layers", "student_config")
     summary: ClassVar[str] = "Train the model, or a smaller one made from the teacher, on the teacher's logits."
     citation: ClassVar[str] = (
         'Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; students of some of the layers: '

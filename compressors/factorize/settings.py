@@ -20,6 +20,7 @@ class FactorizeSettings(MethodSettings):
     """What all methods share that replace a matrix by a product of smaller ones: how small these are."""
 
     whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "target_size", "propagate"})
+    alternatives: ClassVar[tuple[str, ...]] = CHOICES
 
     method: str = Field(description="Name of the method.")
     ratio: Portion | None = Field(
@@ -50,13 +51,6 @@ class FactorizeSettings(MethodSettings):
         if not given:
             return {name: value for name, value in data.items() if name != "ratio"}
         return {**data, "ratio": data.get("ratio")}
-
-    @classmethod
-    def overlaid(cls, data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """A rule that says how large the factors are takes the place of what the stage says, in whichever words."""
-        if all(overrides.get(name) is None for name in CHOICES):
-            return {**data, **overrides}
-        return {**{name: value for name, value in data.items() if name not in CHOICES}, **overrides}
 
     @property
     def target_bytes(self) -> int | None:

@@ -102,6 +102,7 @@ class Layers(StructuralSettings):
     whole_stage: ClassVar[frozenset[str]] = frozenset(
         {"method", "keep", "drop", "every", "count", "criterion", "loss", "stack"}
     )
+    alternatives: ClassVar[tuple[str, ...]] = ("keep", "drop", "every", "count")
     summary: ClassVar[str] = "Take out whole layers: those named, every other one, or those that matter least."
     citation: ClassVar[str] = (
         'Sajjad et al. 2020, "On the Effect of Dropping Layers of Pre-trained Transformer Models"; '

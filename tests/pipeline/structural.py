@@ -49,8 +49,25 @@ def prune(
     """Plan and run; what comes out must be what the plan said."""
     source = Checkpoint.open(str(folder))
     plan = plan_of(source, output, **settings)
+    records = run(plan, source, output, windows=windows, resume=resume, **settings)
+    made = Checkpoint.open(str(output))
+    assert made.nbytes == plan.bytes_after < plan.bytes_before
+    assert made.tensors.keys() == plan.result.tensors.keys()
+    return plan, records
+
+
+def run(
+    plan: StructuralPlan,
+    source: Checkpoint,
+    output: Path,
+    *,
+    windows: Tensor | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Run a plan."""
     context = Context(recipe_of(**settings), torch.device("cpu"), "print", Clock(), Progress())
-    records = run_structural(
+    return run_structural(
         plan,
         source,
         target=output,
@@ -60,10 +77,6 @@ def prune(
         resume=resume,
         context=context,
     )
-    made = Checkpoint.open(str(output))
-    assert made.nbytes == plan.bytes_after < plan.bytes_before
-    assert made.tensors.keys() == plan.result.tensors.keys()
-    return plan, records
 
 
 def opened(folder: Path) -> nn.Module:
