@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -56,8 +57,8 @@ def entries_kept(weights: Sequence[CompressedWeight], settings: MethodSettings) 
     if getattr(settings, "scope", "local") == "local":
         return [min(most, size - round(sparsity * size)) for most, size in zip(left, sizes, strict=True)]
     total = min(sum(left), sum(sizes) - round(sparsity * sum(sizes)))
-    ends = [total * sum(left[: place + 1]) // max(sum(left), 1) for place in range(len(left))]
-    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    ends = [total * sum(left[:place]) // max(sum(left), 1) for place in range(len(left) + 1)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _expect_sparse(

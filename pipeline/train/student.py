@@ -260,6 +260,8 @@ def untrainable(checkpoint: Checkpoint) -> str | None:
 def open_whole(checkpoint: Checkpoint, *, attention: str | None = None) -> Any:
     """A model to learn from: in fp32, in eval mode, without gradients."""
     model = skeleton(checkpoint)
+    if checkpoint.quantization is not None:  # which a skeleton's config hasn't got
+        model.config.quantization_config = checkpoint.quantization
     with _quiet():
         found = _pretrained(type(model), checkpoint, model.config, attention, has_new_head=False)
     return found.requires_grad_(False).eval()
