@@ -57,8 +57,8 @@ def _plan(recipe: Recipe, output: Path, *, as_json: bool) -> None:
     if as_json:
         write_json({"plans": [plan.as_dict() for plan in plans]})
         return
-    for plan in plans:
-        show_plan(plan)
+    for number, plan in enumerate(plans, 1):
+        show_plan(plan, f"stage {number} of {len(plans)}, {plan.kind}" if len(plans) > 1 else "")
 
 
 def _run(recipe: Recipe, output: Path, values: Mapping[str, Any]) -> None:

@@ -21,9 +21,13 @@ def megabytes(count: float | None) -> str:
     return "" if count is None else f"{count / 1e6:,.2f}" if count < 1e7 else f"{count / 1e6:,.1f}"
 
 
-def show_plan(plan: Plan) -> None:
-    """A table by module, the totals, what the run needs, and what the user should know."""
-    table = Table("module", "method", "kept as", title=Text(f"{plan.source} → {plan.output}"), title_justify="left")
+def show_plan(plan: Plan, stage: str = "") -> None:
+    """A table by module, the totals, what the run needs, and what the user should know.
+
+    stage: which one of several it is, in words.
+    """
+    title = Text(f"{plan.source} → {plan.output}" + (f" ({stage})" if stage else ""))
+    table = Table("module", "method", "kept as", title=title, title_justify="left")
     for heading in ("MB before", "MB after"):
         table.add_column(heading, justify="right")
     table.add_column("note")

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 from pydantic import Field
 
 from modelzip.compressors.distill.settings import DistillSettings, Labels, Logits
-from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Lsq
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Lsq, Sequence
 from modelzip.compressors.factorize.settings import Embedding, Kronecker, Share, Svd, SvdLlm, TensorTrain
 from modelzip.compressors.prune.settings import Magnitude, Random, SparseGpt, Wanda
 from modelzip.compressors.prune.settings_training import GradualMagnitude, Lottery, Movement
@@ -63,6 +63,6 @@ FACTORIZE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType(
 FactorizeMethod = Annotated[Svd | SvdLlm | Kronecker | TensorTrain | Share | Embedding, Field(discriminator="method")]
 
 DISTILL: Final[Mapping[str, type[DistillSettings]]] = MappingProxyType(
-    {"labels": Labels, "logits": Logits, "bilstm": BiLstm, "fastbert": FastBert, "lsq": Lsq}
+    {"labels": Labels, "logits": Logits, "bilstm": BiLstm, "fastbert": FastBert, "sequence": Sequence, "lsq": Lsq}
 )
-DistillMethod = Annotated[Labels | Logits | BiLstm | FastBert | Lsq, Field(discriminator="method")]
+DistillMethod = Annotated[Labels | Logits | BiLstm | FastBert | Sequence | Lsq, Field(discriminator="method")]

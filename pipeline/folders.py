@@ -31,9 +31,6 @@ def folder_problems(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> lis
             continue
         where = f"stages[{number}].{stage.kind}: output"
         folder = _real(Path(stage.output))
-        if number == len(recipe.stages) - 1:
-            problems.append(f"{where}: the last stage's result is the output, {output}: leave it out.")
-            continue
         for other, place in taken.items():
             if folder == place or folder in place.parents or place in folder.parents:
                 problems.append(f"{where}: {stage.output} and {other} ({place}) overlap; name another folder.")

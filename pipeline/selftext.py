@@ -85,7 +85,7 @@ def write(model: Any, *, counts: Sequence[int], seq_len: int, seed: int, report:
 
     Exits if its logits are NaN or infinite, or if it hands out no cache.
     """
-    most = _most_rows(model, seq_len)
+    most = most_rows(model, seq_len)
     groups = [
         (part, len(rows))
         for part, count in enumerate(counts)
@@ -97,7 +97,8 @@ def write(model: Any, *, counts: Sequence[int], seq_len: int, seed: int, report:
     steps = seq_len - 1
     for number, (part, rows) in enumerate(groups):
         tell = partial(_tell, report, number * steps, len(groups) * steps)
-        parts[part].append(_group(model, rows, seq_len, generators[part], tell))
+        first = first_tokens(model, rows, generators[part])
+        parts[part].append(continued(model, first, seq_len, generator=generators[part], report=tell))
     return [torch.cat(written) for written in parts]
 
 
@@ -105,27 +106,46 @@ def _tell(report: Report, before: int, total: int, step: int) -> None:
     report(before + step, total)
 
 
-def _group(model: Any, rows: int, seq_len: int, generator: torch.Generator, report: Callable[[int], None]) -> Tensor:
-    """Windows written side by side, int64 [rows, seq_len]."""
+def first_tokens(model: Any, rows: int, generator: torch.Generator) -> Tensor:
+    """Random tokens to begin with, int64 [rows, 1]."""
     vocabulary = model.config.get_text_config().vocab_size
-    token = torch.randint(vocabulary, (rows, 1), generator=generator, device=model.device)
-    tokens, cache = [token], None
-    for step in range(1, seq_len):
+    return torch.randint(vocabulary, (rows, 1), generator=generator, device=model.device)
+
+
+def continued(
+    model: Any,
+    first: Tensor,
+    seq_len: int,
+    *,
+    generator: torch.Generator,
+    report: Callable[[int], None],
+    temperature: float = 1.0,
+) -> Tensor:
+    """Windows written side by side, int64 [rows, seq_len], that go on from `first`, int64 [rows, any].
+
+    report: told how many tokens of a window are there.
+    """
+    token = first
+    tokens, cache = [first], None
+    for step in range(first.shape[1], seq_len):
         out = model(input_ids=token, **({} if cache is None else {"past_key_values": cache}))
         if cache is None:
             cache = _roomy(out.past_key_values, seq_len)
-        token = draw(out.logits[:, -1], generator)
+        token = draw(out.logits[:, -1], generator, temperature)
         tokens.append(token)
         report(step)
     return torch.cat(tokens, 1).cpu()
 
 
-def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+def draw(logits: Tensor, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
     """A token for each row of logits [rows, vocabulary], with the probability that they give it; int64 [rows, 1].
 
-    By inversion: one random number a row. torch.multinomial draws one for every token of the vocabulary.
+    At temperature 0 the likeliest one. By inversion: one random number a row. torch.multinomial draws one for every
+    token of the vocabulary.
     """
-    heights = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    heights = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
     top = heights[:, -1:]
     if not torch.isfinite(top).all():
         sys.exit("its logits are NaN or infinite, so weights are damaged")
@@ -133,7 +153,7 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(heights, height * top, right=True).clamp_(max=logits.shape[-1] - 1)
 
 
-def _most_rows(model: Any, seq_len: int) -> int:
+def most_rows(model: Any, seq_len: int) -> int:
     """Windows to be written side by side: the more, the faster, as long as their keys and values find room.
 
     Exits if the model hands out no cache.
@@ -176,7 +196,8 @@ def _roomy(cache: Any, length: int) -> Any:
     return cache
 
 
-def _main(folder: str, out: str, device: str, seq_len: str, seed: str, *counts: str) -> None:
+def open_writer(folder: str, device: str) -> Any:
+    """A causal language model ready to write."""
     from transformers import AutoModelForCausalLM
 
     import modelzip.weights  # noqa: F401  # so that a model in our own layout can write too
@@ -184,6 +205,11 @@ def _main(folder: str, out: str, device: str, seq_len: str, seed: str, *counts: 
     dtype = torch.bfloat16 if native_bfloat16(torch.device(device)) else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
     model.config.get_text_config().use_cache = True
+    return model
+
+
+def _main(folder: str, out: str, device: str, seq_len: str, seed: str, *counts: str) -> None:
+    model = open_writer(folder, device)
     windows = write(
         model,
         counts=[int(count) for count in counts],

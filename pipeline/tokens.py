@@ -28,6 +28,11 @@ def same_tokens(one: Checkpoint, other: Checkpoint) -> bool:
     return len(sizes) < 2
 
 
+def is_retokenized(planned: Checkpoint) -> bool:
+    """Whether a planned result will have other tokens than the tokenizer that lies in its folder now."""
+    return vocabulary_size(planned.config) != vocabulary_size(Checkpoint.open(str(planned.folder)).config)
+
+
 def windows_for(source: Checkpoint, windows: Windows, *, original: Checkpoint, context: Context) -> Windows:
     """The calibration text, which was cut for the original, in the token ids of what a stage starts from.
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,21 +23,22 @@ from modelzip.checkpoints.errors import CheckpointError, RecipeError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.target import workspace_of
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.compressors.distill.settings import DistillSettings
+from modelzip.compressors.distill.settings import DistillSettings, Logits
+from modelzip.compressors.distill.settings_students import BiLstm
 from modelzip.compressors.prune.settings_training import Lottery, ScheduledSettings
 from modelzip.recipes.match import matches
 
 from . import ranks
-from .calibrate import tokenizer_of
 from .context import Context
 from .identity import PROVENANCE, header_hash
 from .text import Windows
-from .train.data import Data, masking_of, material_of
+from .train.beside import Beside, labels_alone
+from .train.data import Data
 from .train.growing import Growing, span
 from .train.lesson import Lesson
-from .train.material import Material, Padding, padding_of
+from .train.lessons import lessons_of
 from .train.plan import TrainingPlan, plan_training
-from .train.rhythm import Beat, best_row, last_checkpoint
+from .train.rhythm import Beat, best_row, kept_row, last_checkpoint
 from .train.rounds import Named, Rounds
 from .train.student import Student, open_student, open_whole, stored
 from .train.trainer import Course, Learned, train
@@ -46,15 +47,6 @@ __all__ = ["TrainingPlan", "plan_training", "run_training", "training_fingerprin
 
 PART: Final = "student"
 """The writer's part that holds the trained weights."""
-
-
-@dataclass(frozen=True)
-class _Lessons:
-    """Tokens to learn from and to measure on, and what had to be cut."""
-
-    material: Material
-    measured: Material | None
-    notes: tuple[str, ...]
 
 
 def training_fingerprint(context: Context, plan: TrainingPlan) -> str:
@@ -75,7 +67,7 @@ def run_training(
     resume: bool,
     context: Context,
     windows: Windows | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
+    callbacks: Iterable[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train what the plan names and publish it at `target`; returns the record, with the loss curve.
 
@@ -101,10 +93,8 @@ def run_training(
 def training_section(record: Mapping[str, Any]) -> dict[str, Any]:
     """The report's plain data: the curve, its best measurement and what was kept."""
     curve = record["curve"]
-    measured = [row for row in curve if "eval_loss" in row]
-    settled = [row for row in measured if row["step"] >= record["settled"]]
+    settled = [row for row in curve if row["step"] >= record["settled"]]
     best = best_row(settled, record["keep"] if record["keep"] != "last" else "loss")
-    kept = next((row for row in reversed(measured) if row["step"] <= record["kept_step"]), None)
     names = ("step", "eval_loss", "accuracy")
     return {
         "method": record["method"],
@@ -117,7 +107,7 @@ def training_section(record: Mapping[str, Any]) -> dict[str, Any]:
         "first_loss": curve[0]["loss"] if curve else None,
         "last_loss": curve[-1]["loss"] if curve else None,
         "best": None if best is None else {name: best[name] for name in names if name in best},
-        "kept": None if kept is None else {name: kept[name] for name in names if name in kept},
+        "kept": kept_row(curve, record["kept_step"]),
         **({"baseline": record["baseline"]} if "baseline" in record else {}),
         "curve": curve,
         "runs": record["runs"],
@@ -147,19 +137,25 @@ def _writing(
 
 
 def _learned(
-    plan: TrainingPlan, student: Student, *, target: Path, context: Context, callbacks: Sequence[TrainerCallback]
+    plan: TrainingPlan, student: Student, *, target: Path, context: Context, callbacks: Iterable[TrainerCallback]
 ) -> tuple[Learned, dict[str, Any]]:
     """Train, and say how it went."""
     settings, seed = plan.settings, context.recipe.seed
     make = _teaching(plan, student, seed=seed)
     lesson = make()
-    lessons = _tokens(plan, student, lesson, seed=seed)
-    steps = _steps(plan, len(lessons.material))
-    course = Course(settings, steps, _beat(plan, lessons, steps), seed, context.device)
     work = workspace_of(target)
+    lessons = lessons_of(plan, student, lesson.config, work=work, context=context)
+    steps = _steps(plan, len(lessons.material))
+    course = Course(
+        settings,
+        steps,
+        _beat(plan, steps, len(lessons.material), measures=lessons.measured is not None),
+        seed,
+        context.device,
+    )
     progress = ranks.voice(context.progress)
 
-    def trial(lesson: Lesson, work: Path, *, name: str = "train", schedules: Sequence[TrainerCallback] = ()) -> Learned:
+    def trial(lesson: Lesson, work: Path, *, name: str = "train", schedules: Iterable[TrainerCallback] = ()) -> Learned:
         return train(
             lesson,
             course,
@@ -177,7 +173,7 @@ def _learned(
         learned, runs = Rounds(settings, matrices, rewind, seed, work=work, make=make, trial=trial).train()
     else:
         learned = trial(lesson, work, schedules=_schedules(settings, lesson, steps))
-    record = {
+    record: dict[str, Any] = {
         "method": settings.method,
         "task": plan.objective.predicts,
         "teacher": None if plan.teacher is None else plan.teacher.source,
@@ -196,16 +192,23 @@ def _learned(
         "runs": runs,
         "notes": list(lessons.notes),
     }
+    if isinstance(settings, Logits | BiLstm) and settings.baseline:
+        shared = Beside(course, lessons.material, lessons.measured, work)
+        voice = ranks.voice(context.progress)
+        voice.say("training the same student on labels alone")
+        record["baseline"] = labels_alone(
+            shared, lambda: _trainable(plan, student, seed=seed), plan.objective, seed=seed, progress=voice
+        )
     return learned, record
 
 
-def _beat(plan: TrainingPlan, lessons: _Lessons, steps: int) -> Beat:
+def _beat(plan: TrainingPlan, steps: int, examples: int, *, measures: bool) -> Beat:
     settings = plan.settings
-    epoch = max(1, math.ceil(len(lessons.material) / _batch(plan)))
+    epoch = max(1, math.ceil(examples / _batch(plan)))
     return Beat(
         log=settings.log_every,
         save=settings.save_every,
-        measure=None if lessons.measured is None else settings.eval_every or epoch,
+        measure=settings.eval_every or epoch if measures else None,
         patience=settings.early_stopping,
         keep=settings.kept,
         settled=span(settings, steps)[1] if isinstance(settings, ScheduledSettings) else 0,
@@ -237,19 +240,13 @@ def _steps(plan: TrainingPlan, examples: int) -> int:
 
 def _teaching(plan: TrainingPlan, student: Student, *, seed: int) -> Callable[[], Lesson]:
     """A function that makes the lesson anew, with the student as it came in; the teacher is opened once."""
-    attention = "eager" if "attention" in plan.objective.reads else None
     teacher = None
-    if plan.teacher is not None:
+    if plan.teacher is not None and plan.objective.alpha is not None and not _is_cached(plan):
         is_source = plan.teacher is plan.student.origin
-        teacher = open_whole(student.origin if is_source else plan.teacher, attention=attention)
+        teacher = open_whole(student.origin if is_source else plan.teacher, attention=_attention(plan))
 
     def make() -> Lesson:
-        model = open_student(student, seed=seed, attention=attention)
-        for name, module in model.named_modules():
-            if any(matches(pattern, name) for pattern in plan.frozen):
-                module.requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise RecipeError("Nothing is left to train: every module is ignored.")
+        model = _trainable(plan, student, seed=seed)
         lesson = Lesson(model, plan.objective, teacher=teacher, seed=seed)
         for name, change in student.changes.items():
             lesson.rates |= {f"student.{name}.{leaf}": rate for leaf, rate in change.rates().items()}
@@ -258,30 +255,23 @@ def _teaching(plan: TrainingPlan, student: Student, *, seed: int) -> Callable[[]
     return make
 
 
-def _tokens(plan: TrainingPlan, student: Student, lesson: Lesson, *, seed: int) -> _Lessons:
-    tokenizer = tokenizer_of(student.origin)
-    predicts = plan.objective.predicts
-    padding = padding_of(tokenizer, lesson.config) or Padding(0, 0, "right")
-    masking = masking_of(tokenizer, len(tokenizer), seed) if predicts == "masked-token" else None
-    made: list[Material | None] = []
-    notes: list[str] = []
-    for data in (plan.data, plan.validation):
-        if data is None:
-            made.append(None)
-            continue
-        material, note = material_of(
-            data,
-            tokenizer,
-            predicts=predicts,
-            padding=padding,
-            max_length=plan.max_length,
-            masking=masking,
-        )
-        made.append(material)
-        notes += [note] if note else []
-    first, second = made
-    assert first is not None
-    return _Lessons(first, second, tuple(notes))
+def _is_cached(plan: TrainingPlan) -> bool:
+    return isinstance(plan.settings, Logits) and plan.settings.cache is not None
+
+
+def _attention(plan: TrainingPlan) -> str | None:
+    return "eager" if "attention" in plan.objective.reads else None
+
+
+def _trainable(plan: TrainingPlan, student: Student, *, seed: int) -> Any:
+    """The student's model at its start, with what is to be left alone."""
+    model = open_student(student, seed=seed, attention=_attention(plan))
+    for name, module in model.named_modules():
+        if any(matches(pattern, name) for pattern in plan.frozen):
+            module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError("Nothing is left to train: every module is ignored.")
+    return model
 
 
 def _write(writer: CheckpointWriter, student: Student, learned: Learned, record: dict[str, Any]) -> None:

@@ -19,6 +19,13 @@ def allowed(field: FieldInfo) -> str:
     return own if own else either(_parts(field.annotation, field.metadata))
 
 
+def member(field: FieldInfo) -> str:
+    """The values that a member of a list takes, as a part of a sentence."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    lists = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
+    return either(_parts(lists[0], ())) if lists else "text"
+
+
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """The words that a field takes, for completion and for the nearest word to a wrong one."""
     return tuple(_words(field.annotation))

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from modelzip.checkpoints.errors import ProblemsError
 
-from .describe import allowed, choices, extra, shown
+from .describe import allowed, choices, member, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -114,8 +114,7 @@ def _note(cls: type[BaseModel], error: ErrorDetails, path: str, *, found: Found,
     if error["type"] == "missing":
         found.add(where, f"is missing; it must be {allowed(field_info)}")
     elif rest and isinstance(rest[0], int):
-        wanted = extra(field_info, "allowed") or "text"
-        found.add(inside(where, rest[0]), f"{shown(error['input'])} is not allowed; it must be {wanted}")
+        found.add(inside(where, rest[0]), f"{shown(error['input'])} is not allowed; it must be {member(field_info)}")
     else:
         value = data[str(name)]
         words = choices(field_info)

@@ -74,6 +74,11 @@ def cached_logits(
         student, teacher, kept = student[kept], teacher[kept], None
         if not len(student):
             return student.sum()
+    return mean_where(cached_divergence(student, teacher, direction=direction), kept)
+
+
+def cached_divergence(student: Tensor, teacher: TopLogits, *, direction: Direction = "forward") -> Tensor:
+    """The same for each position, [...]."""
     logs = torch.log_softmax(student.float() / teacher.temperature, -1)
     indices = teacher.indices.long()
     ours, theirs = logs.gather(-1, indices), teacher.values.float()
@@ -81,4 +86,4 @@ def cached_logits(
         others = logs.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
         ours, theirs = torch.cat([ours, others], -1), torch.cat([theirs, teacher.rest.float().unsqueeze(-1)], -1)
     theirs = torch.log_softmax(theirs, -1)
-    return teacher.temperature**2 * mean_where(divergence(ours, theirs, direction), kept)
+    return teacher.temperature**2 * divergence(ours, theirs, direction)

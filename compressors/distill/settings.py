@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from modelzip.compressors.settings import Engine, MethodSettings
 
+BASELINE: Final = "Also train the same student on labels alone, and report its accuracy beside."
 DATA: Final = "a .tsv, .csv, .jsonl, .parquet or .txt file, or a hub dataset as NAME or NAME:CONFIG"
 
 
@@ -191,6 +192,32 @@ class Logits(DistillSettings):
         "the last ones, or a list counted from 1.",
         json_schema_extra={"allowed": "uniform, last or a list of whole numbers"},
     )
+
+    cache: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder for the teacher's largest logits, so that it runs once and later runs don't load it; auto: "
+        "modelzip's own cache. Log-probabilities are rounded to 16 bits.",
+        json_schema_extra={"allowed": "a folder, auto or true"},
+    )
+    top_k: int | None = Field(
+        default=None, ge=1, description="Logits of each token that a cache keeps; without it 64, or all if fewer."
+    )
+    baseline: bool = Field(default=False, description=BASELINE)
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _is_wanted(cls, value: Any) -> Any:
+        """A switch stands for modelzip's own cache."""
+        return {True: "auto", False: None}[value] if isinstance(value, bool) else "auto" if value == "true" else value
+
+    @model_validator(mode="after")
+    def _cache_is_enough(self) -> Self:
+        if self.cache is not None and self.signals:
+            raise ValueError("cache keeps logits alone, and signals look inside the teacher: leave one of them out")
+        if self.top_k is not None and self.cache is None:
+            raise ValueError("top_k says how much a cache keeps: give cache as well")
+        return self
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from modelzip.compressors.quantize.settings import GroupSize
 
-from .settings import DistillSettings, TaughtSettings
+from .settings import BASELINE, DistillSettings, TaughtSettings
 
 
 class BiLstm(DistillSettings):
@@ -23,7 +23,9 @@ class BiLstm(DistillSettings):
 
     method: Literal["bilstm"] = Field(default="bilstm", description="Name of the method.")
     teacher: str | None = Field(
-        default=None, min_length=1, description="The teacher, a folder or hub id; without one, the run's own model."
+        default=None,
+        min_length=1,
+        description="The teacher, a folder or hub id; without one, the model that the run began with.",
     )
     learning_rate: float = Field(default=1e-3, gt=0, le=10, description="Learning rate at its peak.")
     embedding_size: int = Field(
@@ -43,6 +45,7 @@ class BiLstm(DistillSettings):
     alpha: float = Field(
         default=1.0, ge=0, le=1, description="Weight of the teacher against the labels; in the paper 1."
     )
+    baseline: bool = Field(default=False, description=BASELINE)
 
 
 class FastBert(DistillSettings):
@@ -85,7 +88,9 @@ class Sequence(DistillSettings):
 
     method: Literal["sequence"] = Field(default="sequence", description="Name of the method.")
     teacher: str | None = Field(
-        default=None, min_length=1, description="The teacher, a folder or hub id; without one, the run's own model."
+        default=None,
+        min_length=1,
+        description="The teacher, a folder or hub id; without one, the model that the run began with.",
     )
     texts: int = Field(default=1000, ge=1, description="Texts that the teacher writes.")
     text_length: int = Field(default=256, ge=2, description="Tokens of each of them.")

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from modelzip.checkpoints.errors import CalibrationError
+from modelzip.compressors.distill.logits import IGNORED
 from modelzip.compressors.distill.settings import DistillSettings
+from modelzip.compressors.distill.settings_students import Sequence as Written
 
 from ..labelled import LABELS, Examples, count_cut, encode, find_columns, read_examples
 from ..rows import read_table
@@ -26,17 +29,21 @@ ALL: Final = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Texts with or without labels, or running text, which is read when it is tokenized (examples is None)."""
+    """Texts with or without labels, or running text, which is read when it is tokenized (examples is None).
+
+    written: how many texts a teacher is to write, with their beginnings from `source` if it is a file.
+    """
 
     source: str
     split: str
     column: str
     examples: Examples | None
+    written: int = 0
 
     @property
     def count(self) -> int | None:
-        """Examples, None of running text."""
-        return None if self.examples is None else len(self.examples)
+        """Examples, or texts that will be written; None of running text."""
+        return self.written or None if self.examples is None else len(self.examples)
 
     @property
     def is_labelled(self) -> bool:
@@ -106,6 +113,21 @@ def running_text(settings: DistillSettings, source: str, split: str) -> Data:
         )
     check_source(source, field=column)
     return Data(source, split, column, None)
+
+
+def prompts_of(data: Data, tokenizer: Any, *, length: int) -> Tensor:
+    """The beginnings of texts, int64 [any, length], of `data.written` texts at most. Raises CalibrationError."""
+    return read_windows(
+        data.source, tokenizer, field=data.column, split=data.split, count=data.written, seq_len=length, least=1
+    ).tokens
+
+
+def written_material(texts: Tensor, settings: Written, padding: Padding) -> Material:
+    """A teacher's texts int64 [texts, length] to learn from, but for the prompts that they begin with."""
+    labels = texts.clone()
+    labels[:, : settings.prompt_length] = IGNORED
+    ones = [1] * texts.shape[1]
+    return Material([{"input_ids": row, "attention_mask": ones} for row in texts.tolist()], labels, padding)
 
 
 def material_of(

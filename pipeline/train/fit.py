@@ -9,10 +9,12 @@ from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits, TaughtSettings
-from modelzip.compressors.distill.settings_students import BiLstm, FastBert
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Sequence
 from modelzip.compressors.distill.signals import SIGNALS, layer_map
 
 from ..calibrate import is_causal, longest, tokenizer_of
+from ..tokens import is_retokenized, same_tokens, vocabulary_size
+from .data import Data
 from .lesson import Objective, Predicts
 from .material import padding_of
 from .student import Student, class_names, is_classifier
@@ -134,6 +136,8 @@ def _predicts(model: Any) -> Predicts | None:
 def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: Problems) -> None:
     """One tokenizer for both models, with what the task needs, and texts no longer than the model takes."""
     model = skeleton(shell(student))
+    if isinstance(settings, Sequence) and settings.text_length > (limit := longest(model)):
+        problems.add(f"text_length is {settings.text_length}, but the model takes at most {limit} tokens.")
     if settings.max_length is not None and settings.max_length > (limit := longest(model)):
         problems.add(f"max_length is {settings.max_length}, but the model takes at most {limit} tokens.")
     tokenizer = problems.tried(lambda: tokenizer_of(student.origin))
@@ -151,6 +155,13 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
         )
     if _predicts(model) == "masked-token" and tokenizer.mask_token_id is None:
         problems.add(f"{student.origin.source} has no mask token in its tokenizer, so no tokens can be hidden.")
+    if teacher is not None and is_retokenized(student.origin) and not same_tokens(student.origin, teacher):
+        problems.add(
+            f"an earlier stage changes the student's tokens, and the teacher {teacher.source} has "
+            f"{vocabulary_size(teacher.config)} of them in place of {vocabulary_size(student.origin.config)}: put the "
+            "stage vocabulary after this one, or heal with method labels."
+        )
+        return
     if teacher is None or teacher.folder == student.origin.folder:
         return
     other = problems.tried(lambda: tokenizer_of(teacher))
@@ -167,3 +178,24 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
             f"{theirs.get(token, 'missing')} for the teacher and {mine.get(token, 'missing')} for the student; name a "
             "teacher with the student's tokenizer."
         )
+
+
+def check_extras(
+    settings: DistillSettings, objective: Objective, data: Data, validation: Data | None, problems: Problems
+) -> None:
+    """What a cache and a baseline need."""
+    if isinstance(settings, Logits) and settings.cache is not None:
+        if objective.predicts == "masked-token":
+            problems.add("cache: every epoch hides other tokens, of which the teacher says other things: leave it out.")
+        if objective.predicts == "number":
+            problems.add(
+                "cache: it keeps the probabilities of classes, and this model predicts a number: leave it out."
+            )
+    if isinstance(settings, Logits | BiLstm) and settings.baseline:
+        unlabelled = [one for one in (data, validation) if one is not None and one.examples and not one.is_labelled]
+        if validation is None:
+            problems.add("baseline: accuracies are compared on validation: give that as well.")
+        if unlabelled:
+            problems.add(f"baseline: {unlabelled[0].source} has no labels, which it learns from: leave it out.")
+        if objective.predicts == "number":
+            problems.add("baseline: accuracies are compared, and this model predicts a number: leave it out.")

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modelzip.compressors.distill.cache import cached_divergence
 from modelzip.compressors.distill.hidden import Projection
 from modelzip.compressors.distill.logits import IGNORED, Direction, divergence, next_labels
 from modelzip.compressors.distill.signals import SIGNALS, Signal
+
+from .cached import taken
 
 Predicts = Literal["class", "number", "next-token", "masked-token"]
 
@@ -83,6 +86,7 @@ class Lesson(nn.Module):
         labels = batch.pop("labels", None)
         if self.objective.exits:
             return self._exits(batch, labels)
+        cached = taken(batch, self.objective.temperature)
         asked = self._asked()
         said = self.student(**batch, **asked)
         heard = None
@@ -91,7 +95,13 @@ class Lesson(nn.Module):
                 heard = self.teacher(**batch, **asked)
         kept = batch["attention_mask"].bool() if "attention_mask" in batch else None
         logits, targets, counted = _items(said.logits, labels, batch["input_ids"], kept, self.objective.predicts)
-        loss = self._loss(logits, targets, heard, batch["input_ids"], kept)
+        soft = None
+        if cached is not None and self.objective.alpha is not None:
+            soft = cached_divergence(logits, cached, direction=self.objective.direction)
+        elif heard is not None and self.objective.alpha is not None:
+            theirs, _, _ = _items(heard.logits, None, batch["input_ids"], kept, self.objective.predicts)
+            soft = _soft(logits, theirs, self.objective)
+        loss = self._loss(logits, targets, soft)
         items = counted.sum(1)
         whole = torch.where(counted, loss, 0.0).sum(1)
         if heard is not None and self.objective.signals:
@@ -129,15 +139,13 @@ class Lesson(nn.Module):
             asked["output_attentions"] = True
         return asked
 
-    def _loss(self, logits: Tensor, targets: Tensor | None, heard: Any, tokens: Tensor, kept: Tensor | None) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor | None, soft: Tensor | None) -> Tensor:
         """[batch, items]"""
         one = self.objective
         hard = None if targets is None else _hard(logits, targets, one.predicts)
-        if heard is None or one.alpha is None:
+        if soft is None or one.alpha is None:
             assert hard is not None
             return hard
-        theirs, _, _ = _items(heard.logits, None, tokens, kept, one.predicts)
-        soft = _soft(logits, theirs, one)
         return soft if hard is None else one.alpha * soft + (1 - one.alpha) * hard
 
     def _signals(self, said: Any, heard: Any, kept: Tensor | None) -> Tensor:
@@ -160,7 +168,9 @@ def _items(
         counted = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
         return logits[:, None], None if labels is None else labels[:, None], counted
     if predicts == "next-token":
-        targets = next_labels(tokens if kept is None else torch.where(kept, tokens, IGNORED))
+        if labels is None:
+            labels = tokens if kept is None else torch.where(kept, tokens, IGNORED)
+        targets = next_labels(labels)
         return logits, targets, targets != IGNORED
     if labels is None:
         return logits, None, torch.ones_like(tokens, dtype=torch.bool)

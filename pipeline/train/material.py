@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from modelzip.compressors.distill.logits import IGNORED
 
 from .order import seeded
+
+if TYPE_CHECKING:  # which reads a Material
+    from .cached import CachedTeacher
 
 MASKED = 0.15
 """Share of the tokens that a masked language model must guess (Devlin et al. 2018, section 3.1)."""
@@ -38,7 +41,7 @@ class Masking:
 
 @dataclass
 class Material:
-    """A dataset of places; `batch` makes the tensors. epoch: which draws what is masked.
+    """A dataset of places; `batch` makes the tensors. epoch: which draws what is masked. teacher: what it said of each.
 
     rows: each example's arguments of the model's forward, lists of one length each. labels: int64 or fp32 [examples],
     None where there are none.
@@ -49,6 +52,7 @@ class Material:
     padding: Padding
     masking: Masking | None = None
     epoch: int = 0
+    teacher: CachedTeacher | None = None
     lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +72,8 @@ class Material:
         if self.masking is not None:
             drawn = [seeded(self.masking.seed, self.epoch, place) for place in places]
             made["input_ids"], made["labels"] = masked(made["input_ids"], self.masking, drawn)
+        if self.teacher is not None:
+            made |= self.teacher.batch(places)
         return made
 
 

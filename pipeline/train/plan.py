@@ -18,24 +18,20 @@ from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
 from modelzip.weights.exits import ExitsConfig
 
-from ..calibrate import longest, tokenizer_of
+from ..calibrate import is_causal, longest
 from ..room import BASE_BYTES
 from .changes import forms, plan_changes
 from .data import Data, is_running_text, read_data, running_text
-from .fit import Problems, check_tokens, objective_of, shell
+from .fit import Problems, check_extras, check_tokens, objective_of, shell
 from .lesson import Objective
-from .material import padding_of
-from .own import bilstm_config, exits_config
+from .made import is_new, student_of
 from .student import (
-    Start,
     Student,
     architecture,
     class_names,
     is_classifier,
     parameters_of,
     untrainable,
-    with_classes,
-    with_layers,
 )
 
 LENGTH: Final = 128
@@ -76,8 +72,9 @@ class TrainingPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as `--dry-run --json` prints it."""
-        keys = ("source", "bytes_before", "bytes_after", "memory_bytes", "disk_bytes")
+        keys = ("source", "kind", "bytes_before", "bytes_after", "memory_bytes", "disk_bytes", "needs_data")
         return {
+            "method": self.settings.method,
             **{key: getattr(self, key) for key in keys},
             "output": str(self.output),
             "notes": list(self.notes),
@@ -104,13 +101,15 @@ def plan_training(
     teacher = _teacher(settings, recipe, source, problems)
     origin = _origin(settings, source, teacher)
     data, validation = _data(settings, origin, teacher, problems)
-    student = None if origin is None or data is None else _student(settings, origin, teacher, data, problems)
+    student = None if origin is None or data is None else student_of(settings, origin, teacher, data, problems)
     objective = None if student is None else objective_of(settings, student, teacher, problems)
     if student is not None:
         check_tokens(settings, student, teacher, problems)
         for pattern in stage.ignore:
             if not any(matches(pattern, name) for name, _ in skeleton(shell(student)).named_modules()):
                 problems.add(f"the pattern {pattern!r} matches no module.")
+    if objective is not None and data is not None:
+        check_extras(settings, objective, data, validation, problems)
     changes = None
     if student is not None and not problems.sentences:
         planned = student
@@ -123,7 +122,8 @@ def plan_training(
     assert changes is not None
     student = replace(student, changes=changes.of, layout=changes.layout)
     result = student.checkpoint()
-    length = settings.max_length or _length(student, teacher)
+    length = settings.text_length if isinstance(settings, Sequence) else settings.max_length
+    length = length or _length(student, teacher)
     return TrainingPlan(
         kind=stage.kind,
         source=source.source,
@@ -155,18 +155,18 @@ def _check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
     settings = stage.settings
     if stage.rules:
         problems.add("a model is trained as a whole, so rules can't change settings for some modules: leave them out.")
-    if settings.data is None:
+    if settings.data is None and not isinstance(settings, Sequence):
         problems.add("no data is named: give data, a file with labelled texts or plain text, or a hub dataset.")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         problems.add("tensorboard needs the package of that name: install it, or leave tensorboard out.")
     if isinstance(settings, BiLstm | FastBert) and settings.task == "language-modelling":
         problems.add(f"{settings.method} makes a classifier, so task can't be language-modelling: leave it out.")
-    if source.config.get("model_type") == ExitsConfig.model_type and not _is_new(settings):
+    if source.config.get("model_type") == ExitsConfig.model_type and not is_new(settings):
         problems.add(f"{source.source} has exits already, and they aren't trained any further: train what it is from.")
     is_learned = isinstance(settings, Lsq)  # codes that come in are learned from there: see `changes`
     if isinstance(settings, FastBert) and source.quantization is not None:
         problems.add(f"{source.source} is compressed, and exits are put on an ordinary classifier: do that first.")
-    elif not _is_new(settings) and not is_learned and (reason := untrainable(source)) is not None:
+    elif not is_new(settings) and not is_learned and (reason := untrainable(source)) is not None:
         problems.add(f"{source.source} {reason}: train it first, and compress it then.")
 
 
@@ -191,22 +191,14 @@ def _teacher(settings: DistillSettings, recipe: Recipe, source: Checkpoint, prob
 
 def _origin(settings: DistillSettings, source: Checkpoint, teacher: Checkpoint | None) -> Checkpoint | None:
     """Where the student's weights come from."""
-    return teacher if _is_new(settings) else source
-
-
-def _is_new(settings: DistillSettings) -> bool:
-    """Whether the student is made from the teacher, not what came in."""
-    return isinstance(settings, BiLstm) or _is_smaller(settings)
-
-
-def _is_smaller(settings: DistillSettings) -> bool:
-    """Whether the student is the teacher with fewer layers or smaller sizes."""
-    return isinstance(settings, Logits) and (settings.layers is not None or settings.student_config is not None)
+    return teacher if is_new(settings) else source
 
 
 def _data(
     settings: DistillSettings, origin: Checkpoint | None, teacher: Checkpoint | None, problems: Problems
 ) -> tuple[Data | None, Data | None]:
+    if isinstance(settings, Sequence):
+        return _written(settings, teacher, problems), _running(settings, problems)
     if settings.data is None or origin is None:
         return None, None
     judge = teacher if teacher is not None else origin
@@ -238,67 +230,25 @@ def _data(
     return first, second
 
 
-def _own_student(settings: BiLstm | FastBert, origin: Checkpoint, data: Data, problems: Problems) -> Student | None:
-    """A student of our own kind; its origin is the classifier that it learns from, or gets the exits."""
-    model = problems.tried(lambda: skeleton(origin))
-    tokenizer = problems.tried(lambda: tokenizer_of(origin))
-    if model is None or tokenizer is None:
+def _written(settings: Sequence, teacher: Checkpoint | None, problems: Problems) -> Data | None:
+    """The texts that the teacher will write, and where their beginnings come from."""
+    if teacher is None:
         return None
-    if not is_classifier(origin.config) or data.examples is None:
-        problems.add(
-            f"{origin.source} is a {type(model).__name__}, which has no logits for a whole text: train it with method "
-            "labels first."
-        )
-        return None
-    padding = padding_of(tokenizer, model.config)
-    more = (origin, class_names(model), None if padding is None else padding.token)
-    start: Start
-    if isinstance(settings, BiLstm):
-        config = problems.tried(lambda: bilstm_config(settings, *more))
-        start = "principal" if settings.start == "teacher" else "random"
-    else:
-        config, start = problems.tried(lambda: exits_config(settings, *more)), "exits"
-    return None if config is None else Student(config, origin, start)
+    model = problems.tried(lambda: skeleton(teacher))
+    if model is not None and not is_causal(model):
+        problems.add(f"the teacher {teacher.source} is a {type(model).__name__}, which can't write text.")
+    if model is not None and settings.text_length > (limit := longest(model)):
+        problems.add(f"text_length is {settings.text_length}, but the teacher takes at most {limit} tokens.")
+    if settings.data is None or not settings.prompt_length:
+        return Data(f"written by {teacher.source}", "", "", None, written=settings.texts)
+    source, split = settings.data, settings.data_split
+    prompts = problems.tried(lambda: running_text(settings, source, split))
+    return None if prompts is None else replace(prompts, written=settings.texts)
 
 
-def _student(
-    settings: DistillSettings, origin: Checkpoint, teacher: Checkpoint | None, data: Data, problems: Problems
-) -> Student | None:
-    if isinstance(settings, BiLstm | FastBert):
-        return _own_student(settings, origin, data, problems)
-    config: dict[str, Any] = dict(origin.config)
-    start: Start = "whole"
-    layers: tuple[int, ...] = ()
-    if isinstance(settings, Logits) and settings.layers is not None:
-        start, layers = "layers", settings.layers
-        config = problems.tried(lambda: with_layers(origin, layers)) or config
-    elif isinstance(settings, Logits) and settings.student_config is not None:
-        start = settings.start
-        unknown = [key for key in settings.student_config if key not in origin.config]
-        if unknown:
-            problems.add(f"student_config names {unknown[0]}, which config.json of {origin.source} hasn't got.")
-        config = {**config, **settings.student_config}
-    student = Student(config, origin, start, layers)
-    if data.examples is None or is_classifier(config):
-        model = problems.tried(lambda: skeleton(shell(student)))
-        return None if model is None else student
-    names = data.examples.names
-    if teacher is not None:
-        judge = problems.tried(lambda: skeleton(teacher))
-        if judge is None:
-            return None
-        if not is_classifier(teacher.config):
-            problems.add(
-                f"the teacher {teacher.source} is a {type(judge).__name__}, which has no logits for a whole text: "
-                "train it with method labels first, or take task: language-modelling."
-            )
-            return None
-        names = class_names(judge)
-    tokenizer = problems.tried(lambda: tokenizer_of(origin))
-    if tokenizer is None:
-        return None
-    made = problems.tried(lambda: with_classes(shell(student), names, tokenizer.pad_token_id))
-    return None if made is None else Student(made, origin, start, layers, has_new_head=True)
+def _running(settings: Sequence, problems: Problems) -> Data | None:
+    source, split = settings.validation, settings.validation_split
+    return None if source is None else problems.tried(lambda: running_text(settings, source, split))
 
 
 def _memory(
@@ -328,7 +278,7 @@ def _trained(student: Student, result: Checkpoint) -> int:
 def _own_teacher(settings: DistillSettings, recipe: Recipe) -> list[str]:
     """What is said of a student that starts as the very model it learns from."""
     is_first = settings is recipe.stages[0].settings
-    if not isinstance(settings, Logits) or settings.teacher or _is_new(settings) or not is_first:
+    if not isinstance(settings, Logits) or settings.teacher or is_new(settings) or not is_first:
         return []
     return ["the student starts as its own teacher: name layers, student_config or another teacher"]
 
@@ -338,6 +288,6 @@ def _notes(settings: DistillSettings, student: Student, teacher: Checkpoint | No
     if student.has_new_head:
         count = len(student.config["id2label"])
         notes.append(f"{student.origin.source} gets a new classifier of {count} outputs, with random weights")
-    if teacher is not None and data.count is not None and not data.is_labelled:
+    if teacher is not None and data.examples is not None and not data.is_labelled:
         notes.append(f"{data.source} has no labels: only the teacher is learned from")
     return notes

@@ -61,6 +61,14 @@ def best_row(curve: Sequence[Mapping[str, Any]], metric: Metric) -> Mapping[str,
     return min(rows, key=lambda row: row["eval_loss"])
 
 
+def kept_row(curve: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any] | None:
+    """The last measurement up to a step: what the weights of that step are known to do; None if there is none."""
+    for row in reversed(curve):
+        if "eval_loss" in row and row["step"] <= step:
+            return {name: row[name] for name in ("step", "eval_loss", "accuracy") if name in row}
+    return None
+
+
 def measured_since(curve: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> int:
     """How many measurements came after the best one."""
     return sum("eval_loss" in row and row["step"] > best["step"] for row in curve)

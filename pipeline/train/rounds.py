@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -46,7 +46,7 @@ class Trial(Protocol):
     """One training: of a lesson, in a folder, under a name that the progress shows."""
 
     def __call__(
-        self, lesson: Lesson, work: Path, *, name: str, schedules: Sequence[TrainerCallback] = ()
+        self, lesson: Lesson, work: Path, *, name: str, schedules: Iterable[TrainerCallback] = ()
     ) -> Learned: ...
 
 

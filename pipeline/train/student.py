@@ -74,10 +74,11 @@ class Student:
         parts = {}
         if self.start == "whole" and self.origin.quantization is not None:
             names = NameMap(skeleton(self.origin), self.origin)
-            parts = {
+            found = {
                 own: {suffix: self.origin.tensors[name] for suffix, name in names.parts(module).items()}
                 for module, own in self._renamed().items()
             }
+            parts = {own: stored for own, stored in found.items() if stored}  # a resized plain weight has none
         for module, change in self.changes.items():
             parts[module] = {suffix: self._info(suffix, one) for suffix, one in change.after.tensors().items()}
         return parts

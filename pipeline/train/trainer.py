@@ -125,6 +125,8 @@ class LessonTrainer(Trainer):
         predicts = self._lesson.objective.predicts
         if predicts == "masked-token":
             return int((batch["labels"] >= 0).sum())
+        if predicts == "next-token" and "labels" in batch:
+            return int((batch["labels"][:, 1:] >= 0).sum())
         if predicts == "next-token":
             return int(batch["attention_mask"][:, 1:].sum())
         return len(batch["input_ids"])

@@ -9,6 +9,7 @@ import pytest
 
 from modelzip.cli import model as model_module
 from modelzip.cli.main import answer
+from modelzip.cli.options import run_options, settings_options
 from modelzip.compressors.prune.structural_settings import Layers
 from modelzip.compressors.quantize.settings import Gptq, Rtn
 from modelzip.recipes.schema import STAGES
@@ -155,3 +156,30 @@ def test_the_help_lists_options_in_sections(pipeline, capsys, monkeypatch):
     assert "--device" in sections["Machine"]
     assert "--dry-run" in sections["Options"]
     assert "--bits" not in "".join(text for name, text in sections.items() if name != "Method")
+
+
+def test_lists_and_mappings_are_typed_with_commas(pipeline):
+    assert answer(["prune", "m", "--method", "layers", "--keep", "0,2,4"]) == 0
+    assert pipeline.asked["recipe"].stages[0].settings.keep == (0, 2, 4)
+    assert answer(["prune", "m", "--method", "vocabulary", "--corpus", "c.txt", "--max-tokens", "30"]) == 0
+    assert pipeline.asked["recipe"].stages[0].settings.max_tokens == 30
+    line = (
+        "distill m --method logits --data t.tsv --layers 0 --layers 2 --layer-map 1,3 --signals hidden=1,attention=0.5"
+    )
+    assert answer(line.split()) == 0
+    settings = pipeline.asked["recipe"].stages[0].settings
+    assert (settings.layers, settings.layer_map) == ((0, 2), (1, 3))
+    assert settings.signals == {"hidden": 1.0, "attention": 0.5}
+
+
+def test_an_option_takes_the_place_of_its_alternative_in_the_recipe(pipeline, tmp_path):
+    (tmp_path / "r.yaml").write_text("model: m\nstages: [{factorize: {method: svd, ratio: 0.6}}]\n")
+    assert answer(["factorize", "--recipe", "r.yaml", "--rank", "4"]) == 0
+    settings = pipeline.asked["recipe"].stages[0].settings
+    assert (settings.rank, settings.ratio) == (4, None)
+
+
+def test_no_flag_of_a_verb_stands_for_two_things():
+    for kind in STAGES:
+        flags = [flag for option in (*settings_options(STAGES[kind]), *run_options()) for flag in option.flags]
+        assert sorted(flags) == sorted(set(flags))

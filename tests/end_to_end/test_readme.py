@@ -1,8 +1,8 @@
 """The README and docs/ are true: their examples run, their links lead somewhere, their options exist.
 
 A page is run from top to bottom in a folder that holds what its examples name: `my-model` (a pico Llama with a byte
-tokenizer), `my-classifier` (a pico BERT with the same), `wiki.txt`, `wiki-test.txt` and `reviews.tsv`. By the words
-behind the language of a fenced block:
+tokenizer), `my-classifier` (a pico BERT), `wiki.txt`, `wiki-test.txt`, and labelled sentences that the classifier can
+learn, `train.tsv` and `dev.tsv`. By the words behind the language of a fenced block:
 
     ```bash, ```python            is run, and must end with exit code 0
     ```bash no-test: REASON       is not run
@@ -17,18 +17,21 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from modelzip.recipes.files import library
+from modelzip.recipes.schema import STAGES
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?P<language>\w*) *(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-VERBS = ("quantize", "run", "evaluate", "export", "methods", "recipe check", "recipe show", "recipe schema")
-SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-NOT_OURS = {"--strict"}  # options of other programs that the pages name
+VERBS = (*STAGES, "run", "evaluate", "export", "methods", "recipe check", "recipe show", "recipe schema")
+NOT_OURS = {"--strict", "--cpu"}  # options of other programs that the pages name
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,13 @@ def text(seed: int, characters: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama and a classifying BERT of two layers each, and a tokenizer of one token a byte."""
+def pico(
+    tmp_path_factory: pytest.TempPathFactory, save_classifier: Callable[..., Path], write_labelled: Callable[..., Path]
+) -> Path:
+    """A folder with a Llama of two layers and a tokenizer of one token a byte, and a classifier with its sentences."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("pico")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -81,8 +80,6 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder / "my-model")
-    fast.pad_token = "</s>"
-    fast.save_pretrained(folder / "my-classifier")
     config = LlamaConfig(
         vocab_size=258,
         hidden_size=64,
@@ -97,8 +94,9 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder / "my-model")
-        classifier = BertConfig(**{key: getattr(config, key) for key in SHARED}, pad_token_id=1)
-        BertForSequenceClassification(classifier).save_pretrained(folder / "my-classifier")
+    save_classifier(folder / "my-classifier")
+    write_labelled(folder / "train.tsv", 400)
+    write_labelled(folder / "dev.tsv", 100, seed=1)
     return folder
 
 
@@ -113,10 +111,8 @@ def help_text(verb: str) -> str:
     "page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=lambda page: page.name
 )
 def test_every_example_of_the_page_runs(page: Path, pico: Path, tmp_path: Path) -> None:
-    for name in ("my-model", "my-classifier"):
+    for name in ("my-model", "my-classifier", "train.tsv", "dev.tsv"):
         (tmp_path / name).symlink_to(pico / name)
-    reviews = (f"{text(place, 60)}\t{place % 2}\n" for place in range(50))
-    (tmp_path / "reviews.tsv").write_text("sentence\tlabel\n" + "".join(reviews), encoding="utf-8")
     (tmp_path / "wiki.txt").write_text(text(0, 80_000), encoding="utf-8")
     (tmp_path / "wiki-test.txt").write_text(text(1, 40_000), encoding="utf-8")
     for block in blocks(page):
@@ -160,6 +156,25 @@ def test_every_option_named_on_the_page_is_in_the_help_of_some_command(page: Pat
     known = set(re.findall(r"--[a-z][a-z-]*[a-z]", " ".join(help_text(verb) for verb in VERBS)))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page.read_text(encoding="utf-8")))
     assert named - known - NOT_OURS == set()
+
+
+def test_every_method_has_a_row_under_its_verb() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL))
+    for kind, stage in STAGES.items():
+        rows = set(re.findall(r"^\| `([a-z-]+)` \|", sections[kind], flags=re.MULTILINE))
+        assert set(stage.methods) - rows == set(), kind
+
+
+def test_every_verb_has_a_page_that_names_its_methods() -> None:
+    for kind, stage in STAGES.items():
+        page = (ROOT / "docs" / f"{kind}.md").read_text(encoding="utf-8")
+        assert [name for name in stage.methods if f"`{name}`" not in page and f"method {name} " not in page] == [], kind
+
+
+def test_every_shipped_recipe_is_listed() -> None:
+    page = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
+    assert [name for name in library() if f"`{name}`" not in page] == []
 
 
 def test_the_readme_begins_with_the_two_commands_that_the_makefile_has() -> None:

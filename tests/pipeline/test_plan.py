@@ -100,6 +100,12 @@ def test_a_group_size_that_does_not_divide_becomes_the_largest_power_of_two_that
     assert "group 64 doesn't divide 48 columns: group 16 is taken for 2 of 14 modules" in plan.notes
 
 
+def test_a_group_that_does_not_divide_is_no_matter_where_weights_stay_floats(saved, recipe_of):
+    recipe = recipe_of(saved("llama"), stages=[{"prune": {"method": "magnitude"}}])
+    (plan,) = plan_recipe(recipe, output=HERE)
+    assert not any(module.note for module in plan.modules)
+
+
 def test_where_no_group_fits_a_row_gets_one_scale(saved, recipe_of):
     (plan,) = plan_recipe(recipe_of(saved("minilm"), {"method": "rtn", "group_size": 64}), output=HERE)
     assert {(module.linear.shape[1], module.after.strategy, module.after.group_size) for module in plan.modules} == {
