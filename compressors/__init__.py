@@ -9,9 +9,10 @@ from typing import Annotated, Final
 from pydantic import Field
 
 from modelzip.compressors.distill.settings import DistillSettings, Labels, Logits
-from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Sequence
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Lsq, Sequence
 from modelzip.compressors.factorize.settings import Embedding, Kronecker, Share, Svd, SvdLlm, TensorTrain
 from modelzip.compressors.prune.settings import Magnitude, Random, SparseGpt, Wanda
+from modelzip.compressors.prune.settings_training import GradualMagnitude, Lottery, Movement
 from modelzip.compressors.prune.structural_settings import Heads, Layers, Neurons, Vocabulary
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
 from modelzip.compressors.settings import MethodSettings
@@ -29,10 +30,24 @@ PRUNE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType(
         "neurons": Neurons,
         "layers": Layers,
         "vocabulary": Vocabulary,
+        "gradual-magnitude": GradualMagnitude,
+        "movement": Movement,
+        "lottery": Lottery,
     }
 )
 PruneMethod = Annotated[
-    Random | Magnitude | Wanda | SparseGpt | Heads | Neurons | Layers | Vocabulary, Field(discriminator="method")
+    Random
+    | Magnitude
+    | Wanda
+    | SparseGpt
+    | Heads
+    | Neurons
+    | Layers
+    | Vocabulary
+    | GradualMagnitude
+    | Movement
+    | Lottery,
+    Field(discriminator="method"),
 ]
 
 FACTORIZE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType(
@@ -48,6 +63,6 @@ FACTORIZE: Final[Mapping[str, type[MethodSettings]]] = MappingProxyType(
 FactorizeMethod = Annotated[Svd | SvdLlm | Kronecker | TensorTrain | Share | Embedding, Field(discriminator="method")]
 
 DISTILL: Final[Mapping[str, type[DistillSettings]]] = MappingProxyType(
-    {"labels": Labels, "logits": Logits, "bilstm": BiLstm, "fastbert": FastBert, "sequence": Sequence}
+    {"labels": Labels, "logits": Logits, "bilstm": BiLstm, "fastbert": FastBert, "sequence": Sequence, "lsq": Lsq}
 )
-DistillMethod = Annotated[Labels | Logits | BiLstm | FastBert | Sequence, Field(discriminator="method")]
+DistillMethod = Annotated[Labels | Logits | BiLstm | FastBert | Sequence | Lsq, Field(discriminator="method")]

@@ -18,7 +18,8 @@ def training_lines(stages: Sequence[StageResult]) -> str:
     for place, stage in enumerate(stages, 1):
         if "curve" in stage.details:
             which = f"stage {place}, {stage.kind} {stage.method}" if len(stages) > 1 else stage.method
-            parts += [_summary(which, stage.details), fold(f"Loss curve ({which})", _curve(stage.details))]
+            parts += [_summary(which, stage.details), *_runs(stage.details)]
+            parts.append(fold(f"Loss curve ({which})", _curve(stage.details)))
     return "\n\n".join(parts)
 
 
@@ -41,14 +42,29 @@ def _measured(row: Mapping[str, Any]) -> str:
     return f"loss {row['eval_loss']:.4f}{accuracy} after step {row['step']:,}"
 
 
+def _runs(details: Mapping[str, Any]) -> list[str]:
+    """A row for each training of a stage that trains several times, such as the lottery's rounds and controls."""
+    rows = [
+        [
+            run["name"],
+            number(run["sparsity"], ".4f"),
+            number(run["loss"], ".4f"),
+            number(run.get("eval_loss"), ".4f"),
+            number(run.get("accuracy"), ".4f"),
+        ]
+        for run in details.get("runs", ())
+    ]
+    return [table(("training", "sparsity", "loss", "measured loss", "accuracy"), rows)] if rows else []
+
+
 def _curve(details: Mapping[str, Any]) -> str:
     """At most so many rows, spread evenly, the first and the last among them."""
     curve: Sequence[Mapping[str, Any]] = details["curve"]
     count = min(ROWS, len(curve))
     places = sorted({round(place * (len(curve) - 1) / max(1, count - 1)) for place in range(count)})
-    names = ("step", "epoch", "loss", "eval_loss", "accuracy")
-    forms = (",d", ".2f", ".4f", ".4f", ".4f")
+    names = ("step", "epoch", "loss", "sparsity", "eval_loss", "accuracy")
+    forms = (",d", ".2f", ".4f", ".4f", ".4f", ".4f")
     shown = [index for index, name in enumerate(names) if any(name in curve[place] for place in places)]
     rows = [[number(curve[place].get(names[index]), forms[index]) for index in shown] for place in places]
-    header = ("step", "epoch", "loss", "measured loss", "accuracy")
+    header = ("step", "epoch", "loss", "sparsity", "measured loss", "accuracy")
     return table([header[index] for index in shown], rows)

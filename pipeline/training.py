@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,8 +23,9 @@ from modelzip.checkpoints.errors import CheckpointError, RecipeError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.target import workspace_of
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.compressors.distill.settings import Logits
+from modelzip.compressors.distill.settings import DistillSettings, Logits
 from modelzip.compressors.distill.settings_students import BiLstm
+from modelzip.compressors.prune.settings_training import Lottery, ScheduledSettings
 from modelzip.recipes.match import matches
 
 from . import ranks
@@ -32,10 +34,12 @@ from .identity import PROVENANCE, header_hash
 from .text import Windows
 from .train.beside import Beside, labels_alone
 from .train.data import Data
+from .train.growing import Growing, span
 from .train.lesson import Lesson
 from .train.lessons import lessons_of
 from .train.plan import TrainingPlan, plan_training
 from .train.rhythm import Beat, best_row, kept_row, last_checkpoint
+from .train.rounds import Named, Rounds
 from .train.student import Student, open_student, open_whole, stored
 from .train.trainer import Course, Learned, train
 
@@ -48,7 +52,8 @@ PART: Final = "student"
 def training_fingerprint(context: Context, plan: TrainingPlan) -> str:
     """What a resumed stage must share with the interrupted one: data, teacher and number of processes among it."""
     of = [plan.data.sha256(), plan.validation.sha256() if plan.validation else "", ranks.count()]
-    of.append(header_hash(plan.teacher) if plan.teacher else "")
+    is_source = plan.teacher is plan.student.origin and plan.student.start == "whole"
+    of.append(header_hash(plan.teacher) if plan.teacher and not is_source else "")
     return context.fingerprint + hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
@@ -79,7 +84,8 @@ def run_training(
             if writer:
                 _write(writer, student, learned, record)
         if writer:
-            writer.finish(config=student.written_config(), files={PROVENANCE: describe(record)})
+            config = student.written_config(writer.done[PART]["forms"])
+            writer.finish(config=config, files={PROVENANCE: describe(record)})
         ranks.wait()
     return dict(record)
 
@@ -87,7 +93,8 @@ def run_training(
 def training_section(record: Mapping[str, Any]) -> dict[str, Any]:
     """The report's plain data: the curve, its best measurement and what was kept."""
     curve = record["curve"]
-    best = best_row(curve, record["keep"] if record["keep"] != "last" else "loss")
+    settled = [row for row in curve if row["step"] >= record["settled"]]
+    best = best_row(settled, record["keep"] if record["keep"] != "last" else "loss")
     names = ("step", "eval_loss", "accuracy")
     return {
         "method": record["method"],
@@ -103,14 +110,13 @@ def training_section(record: Mapping[str, Any]) -> dict[str, Any]:
         "kept": kept_row(curve, record["kept_step"]),
         **({"baseline": record["baseline"]} if "baseline" in record else {}),
         "curve": curve,
+        "runs": record["runs"],
     }
 
 
 def _on(student: Student, plan: TrainingPlan, source: Checkpoint) -> Student:
     """The planned student, with the weights that are there now in place of headers that were foreseen."""
-    if plan.teacher is not None and student.origin is plan.teacher:
-        return student
-    return Student(student.config, source, student.start, student.layers, student.has_new_head)
+    return student if student.start != "whole" else replace(student, origin=source)
 
 
 @contextmanager
@@ -135,30 +141,38 @@ def _learned(
 ) -> tuple[Learned, dict[str, Any]]:
     """Train, and say how it went."""
     settings, seed = plan.settings, context.recipe.seed
-    lesson = _lesson(plan, student, seed=seed)
+    make = _teaching(plan, student, seed=seed)
+    lesson = make()
     work = workspace_of(target)
     lessons = lessons_of(plan, student, lesson.config, work=work, context=context)
     steps = _steps(plan, len(lessons.material))
-    epoch = max(1, math.ceil(len(lessons.material) / _batch(plan)))
-    beat = Beat(
-        log=settings.log_every,
-        save=settings.save_every,
-        measure=None if lessons.measured is None else settings.eval_every or epoch,
-        patience=settings.early_stopping,
-        keep=settings.kept,
+    course = Course(
+        settings,
+        steps,
+        _beat(plan, steps, len(lessons.material), measures=lessons.measured is not None),
+        seed,
+        context.device,
     )
-    resume_from = ranks.told(last_checkpoint(work) if ranks.is_main() else None)
-    course = Course(settings, steps, beat, seed, context.device)
-    learned = train(
-        lesson,
-        course,
-        material=lessons.material,
-        measured=lessons.measured,
-        work=work,
-        resume_from=resume_from,
-        progress=ranks.voice(context.progress),
-        callbacks=[*_boards(plan), *callbacks],
-    )
+    progress = ranks.voice(context.progress)
+
+    def trial(lesson: Lesson, work: Path, *, name: str = "train", schedules: Iterable[TrainerCallback] = ()) -> Learned:
+        return train(
+            lesson,
+            course,
+            material=lessons.material,
+            measured=lessons.measured,
+            work=work,
+            resume_from=ranks.told(last_checkpoint(work) if ranks.is_main() else None),
+            progress=Named(progress, name),
+            callbacks=[*_boards(plan), *schedules, *callbacks],
+        )
+
+    runs: list[dict[str, Any]] = []
+    if isinstance(settings, Lottery):
+        matrices, rewind = tuple(student.changes), round(settings.rewind * steps)
+        learned, runs = Rounds(settings, matrices, rewind, seed, work=work, make=make, trial=trial).train()
+    else:
+        learned = trial(lesson, work, schedules=_schedules(settings, lesson, steps))
     record: dict[str, Any] = {
         "method": settings.method,
         "task": plan.objective.predicts,
@@ -171,9 +185,11 @@ def _learned(
         "planned_steps": steps,
         "processes": ranks.count(),
         "keep": settings.kept,
+        "settled": course.beat.settled,
         "kept_step": learned.kept,
         "stopped_early": learned.stopped_early,
         "curve": learned.curve,
+        "runs": runs,
         "notes": list(lessons.notes),
     }
     if isinstance(settings, Logits | BiLstm) and settings.baseline:
@@ -184,6 +200,24 @@ def _learned(
             shared, lambda: _trainable(plan, student, seed=seed), plan.objective, seed=seed, progress=voice
         )
     return learned, record
+
+
+def _beat(plan: TrainingPlan, steps: int, examples: int, *, measures: bool) -> Beat:
+    settings = plan.settings
+    epoch = max(1, math.ceil(examples / _batch(plan)))
+    return Beat(
+        log=settings.log_every,
+        save=settings.save_every,
+        measure=settings.eval_every or epoch if measures else None,
+        patience=settings.early_stopping,
+        keep=settings.kept,
+        settled=span(settings, steps)[1] if isinstance(settings, ScheduledSettings) else 0,
+    )
+
+
+def _schedules(settings: DistillSettings, lesson: Lesson, steps: int) -> list[TrainerCallback]:
+    """What a method changes from step to step."""
+    return [Growing(settings, lesson, steps=steps)] if isinstance(settings, ScheduledSettings) else []
 
 
 def _described(data: Data, count: int) -> dict[str, Any]:
@@ -204,11 +238,21 @@ def _steps(plan: TrainingPlan, examples: int) -> int:
     return max(1, math.ceil(settings.epochs * math.ceil(batches / settings.gradient_accumulation)))
 
 
-def _lesson(plan: TrainingPlan, student: Student, *, seed: int) -> Lesson:
-    model = _trainable(plan, student, seed=seed)
-    is_heard = plan.teacher is not None and plan.objective.alpha is not None and not _is_cached(plan)
-    teacher = open_whole(plan.teacher, attention=_attention(plan)) if is_heard and plan.teacher else None
-    return Lesson(model, plan.objective, teacher=teacher, seed=seed)
+def _teaching(plan: TrainingPlan, student: Student, *, seed: int) -> Callable[[], Lesson]:
+    """A function that makes the lesson anew, with the student as it came in; the teacher is opened once."""
+    teacher = None
+    if plan.teacher is not None and plan.objective.alpha is not None and not _is_cached(plan):
+        is_source = plan.teacher is plan.student.origin
+        teacher = open_whole(student.origin if is_source else plan.teacher, attention=_attention(plan))
+
+    def make() -> Lesson:
+        model = _trainable(plan, student, seed=seed)
+        lesson = Lesson(model, plan.objective, teacher=teacher, seed=seed)
+        for name, change in student.changes.items():
+            lesson.rates |= {f"student.{name}.{leaf}": rate for leaf, rate in change.rates().items()}
+        return lesson
+
+    return make
 
 
 def _is_cached(plan: TrainingPlan) -> bool:
@@ -232,13 +276,17 @@ def _trainable(plan: TrainingPlan, student: Student, *, seed: int) -> Any:
 
 def _write(writer: CheckpointWriter, student: Student, learned: Learned, record: dict[str, Any]) -> None:
     """The student's tensors take the place of all that its origin has."""
-    tensors = stored(_named(student), state=learned.state)
+    rest, changed = student.split(learned.state)
+    tensors = stored(_named(student), state=rest)
+    for module, weight in changed.items():
+        tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in weight.tensors().items()}
     planned = student.checkpoint().tensors
     if tensors.keys() != planned.keys():
         strange = sorted(tensors.keys() ^ planned.keys())[0]
         raise CheckpointError(f"{strange} was planned or trained, but not both; nothing was written.")
     tensors = {name: tensor.to(DTYPES[planned[name].dtype]) for name, tensor in tensors.items()}
-    writer.write_part(PART, tensors, replaces=student.origin.tensors, record={"training": record})
+    forms = {module: weight.meta() for module, weight in changed.items()}
+    writer.write_part(PART, tensors, replaces=student.origin.tensors, record={"training": record, "forms": forms})
 
 
 def _named(student: Student) -> Any:

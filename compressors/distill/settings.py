@@ -113,6 +113,22 @@ class DistillSettings(MethodSettings):
         return self
 
 
+class TaughtSettings(DistillSettings):
+    """What methods share that change a model while it is trained, and may learn from a teacher meanwhile.
+
+    Labels are needed where there is no teacher.
+    """
+
+    needs_labels: ClassVar[bool] = True
+    teacher: str | None = Field(
+        default=None, min_length=1, description="The teacher, a folder or hub id; without one, labels or text alone."
+    )
+    temperature: float = Field(default=2.0, gt=0, le=100, description="Temperature of both softmaxes.")
+    alpha: float = Field(
+        default=0.5, ge=0, le=1, description="Weight of the teacher against the labels; without labels it is 1."
+    )
+
+
 class Labels(DistillSettings):
     """Plain fine-tuning: on labels, or on text where there are none."""
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from modelzip.compressors.quantize.settings import GroupSize
 
-from .settings import BASELINE, DistillSettings
+from .settings import BASELINE, DistillSettings, TaughtSettings
 
 
 class BiLstm(DistillSettings):
@@ -112,7 +112,7 @@ class Sequence(DistillSettings):
         return self
 
 
-class Lsq(DistillSettings):
+class Lsq(TaughtSettings):
     """Quantization-aware training with learned steps."""
 
     summary: ClassVar[str] = "Train with rounded weights and learn their grid; ends in the packed format of gptq."
@@ -136,11 +136,13 @@ class Lsq(DistillSettings):
         default="mse",
         description="Steps at the start; mse: those of least squared error; mean: 2 ⟨|w|⟩ / √Qp, as in the paper.",
     )
+    teacher: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The teacher, a folder or hub id; without one, the model as it came in, unless alpha is 0.",
+    )
     alpha: float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description="Weight of the logits of the model that came in, against the labels; 0: labels alone.",
+        default=0.5, ge=0, le=1, description="Weight of the teacher's logits against the labels; 0: labels alone."
     )
     temperature: float = Field(default=1.0, gt=0, le=100, description="Temperature of both softmaxes.")
 

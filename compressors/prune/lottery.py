@@ -60,6 +60,35 @@ def next_kept(
     return {name: masks[name].masked_scatter(masks[name], part) for name, part in zip(names, parts, strict=True)}
 
 
+def kept_at(
+    weights: Mapping[str, Tensor],
+    kept: Masks | None = None,
+    *,
+    sparsity: float,
+    scope: Literal["global", "local"] = "global",
+) -> dict[str, Tensor]:
+    """The masks under which exactly round(sparsity · entries) are pruned: of all matrices together, or of each (local).
+
+    weights, kept, scope: see `next_kept`. Where more are pruned already, nothing is.
+    """
+    if scope == "local":
+        each = [({name: weights[name]}, None if kept is None else {name: kept[name]}) for name in weights]
+        return {name: mask for part in each for name, mask in kept_at(*part, sparsity=sparsity).items()}
+    entries = sum(weight.numel() for weight in weights.values())
+    left = entries if kept is None else sum(int(kept[name].sum()) for name in weights)
+    surplus = max(0, left - (entries - round(sparsity * entries)))
+    return next_kept(weights, kept, share=surplus / max(left, 1))
+
+
+def round_sparsities(sparsity: float, *, share: float = 0.2) -> tuple[float, ...]:
+    """The sparsity after each of the rounds that `round_shares` has; the last is `sparsity` itself."""
+    left, found = 1.0, []
+    for each in round_shares(sparsity, share=share):
+        left *= 1 - each
+        found.append(1 - left)
+    return (*found[:-1], sparsity)
+
+
 def masked(weights: Mapping[str, Tensor], kept: Masks) -> dict[str, Tensor]:
     """The weights with all that isn't kept at zero. Of the initial weights it is the rewind: m ⊙ θ₀."""
     return {name: torch.where(kept[name], weights[name], 0.0) for name in kept}

@@ -6,13 +6,21 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modelzip.compressors.distill.settings import DistillSettings
+from modelzip.compressors.distill.settings import TaughtSettings
 
 
-class PruneTrainingSettings(DistillSettings):
+class PruneTrainingSettings(TaughtSettings):
     """What all methods share that set weights to zero while a model is trained."""
 
     sparsity: float = Field(default=0.5, gt=0, lt=1, description="Share of the weights that are zero in the end.")
+
+    @model_validator(mode="after")
+    def _a_teacher_teaches(self) -> Self:
+        fields = type(self).model_fields
+        given = [name for name in ("alpha", "temperature") if getattr(self, name) != fields[name].default]
+        if self.teacher is None and given:
+            raise ValueError(f"{given[0]} says how a teacher is learned from: name a teacher, or leave it out")
+        return self
 
     @property
     def label(self) -> str:
@@ -69,7 +77,10 @@ class Movement(ScheduledSettings):
     )
     threshold: float = Field(default=0.0, description="Score above which a weight stays, with masking: threshold.")
     penalty: float = Field(
-        default=0.0, ge=0, description="Weight of the mean sigmoid of the scores in the loss, with masking: threshold."
+        default=0.0,
+        ge=0,
+        description="Weight of the mean sigmoid of the scores in the loss, with masking: threshold; it rises from 0 "
+        "between begin and end.",
     )
     score_rate: float = Field(default=1e-2, gt=0, le=10, description="Learning rate of the scores.")
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.compressors.distill.settings import DistillSettings, Logits
+from modelzip.compressors.distill.settings import DistillSettings, Logits, TaughtSettings
 from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Sequence
 from modelzip.compressors.distill.signals import SIGNALS, layer_map
 
@@ -81,6 +81,8 @@ def objective_of(
             f"the teacher's classes are {', '.join(class_names(judge))} and the student's "
             f"{', '.join(class_names(model))}: name a teacher of the same classes."
         )
+    if isinstance(settings, TaughtSettings):
+        return Objective(predicts, alpha=settings.alpha, temperature=settings.temperature)
     if isinstance(settings, BiLstm):
         return Objective(predicts, alpha=settings.alpha, temperature=settings.temperature, compares=settings.objective)
     if not isinstance(settings, Logits):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +49,8 @@ class Lesson(nn.Module):
 
     An item is an example of a classifier, or a predicted token. The teacher is no part of the module, so it is neither
     trained, nor saved, nor spread over processes; learned projections are, and are thrown away at the end.
+    penalty: what a method adds to the mean loss of an item while training. rates: names of parameters without weight
+    decay, and their own learning rate; None: the common one.
     """
 
     _keys_to_ignore_on_save = None  # which the Trainer asks for where tied tensors are stored once
@@ -58,6 +60,8 @@ class Lesson(nn.Module):
         self.student = student
         self.objective = objective
         self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        self.penalty: Callable[[], Tensor] | None = None
+        self.rates: dict[str, float | None] = {}
         self._no_split_modules = getattr(student, "_no_split_modules", None)  # where FSDP cuts
         self.projections = nn.ModuleDict()
         generator = torch.Generator().manual_seed(seed % (1 << 63))
@@ -102,6 +106,8 @@ class Lesson(nn.Module):
         whole = torch.where(counted, loss, 0.0).sum(1)
         if heard is not None and self.objective.signals:
             whole = whole + items * self._signals(said, heard, kept)
+        if self.training and self.penalty is not None:
+            whole = whole + items * self.penalty()
         found = {"loss": whole, "items": items}
         if targets is not None and self.objective.predicts != "number":
             found["correct"] = ((logits.argmax(-1) == targets) & counted).sum(1)

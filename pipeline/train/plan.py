@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -10,14 +11,16 @@ from typing import Any, Final
 from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.compressors.distill.settings import DistillSettings, Logits
-from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Sequence
+from modelzip.compressors.distill.settings import DistillSettings, Logits, TaughtSettings
+from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Lsq, Sequence
+from modelzip.compressors.prune.settings_training import PruneTrainingSettings
 from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
 from modelzip.weights.exits import ExitsConfig
 
 from ..calibrate import is_causal, longest
 from ..room import BASE_BYTES
+from .changes import forms, plan_changes
 from .data import Data, is_running_text, read_data, running_text
 from .fit import Problems, check_extras, check_tokens, objective_of, shell
 from .lesson import Objective
@@ -39,7 +42,8 @@ LENGTH: Final = 128
 class TrainingPlan:
     """One stage that trains, checked. Sizes are of all weights, in bytes; memory and disk are what the run will need.
 
-    frozen: patterns of modules that aren't trained. result: what will be written, as far as headers go.
+    frozen: patterns of modules that aren't trained; those that pruning ignores are trained, but stay dense.
+    result: what will be written, as far as headers go.
     """
 
     kind: str
@@ -63,7 +67,8 @@ class TrainingPlan:
 
     def rows(self) -> list[tuple[str, str, str, int, int, str]]:
         """One for the whole model: name, method, form, bytes before and after, note."""
-        return [("the whole model", self.settings.label, "", self.bytes_before, self.bytes_after, "")]
+        form = forms(self.student.changes)
+        return [("the whole model", self.settings.label, form, self.bytes_before, self.bytes_after, "")]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as `--dry-run --json` prints it."""
@@ -93,7 +98,7 @@ def plan_training(
     assert isinstance(settings, DistillSettings)
     problems = Problems(where)
     _check_stage(stage, source, problems)
-    teacher = _teacher(settings, recipe, problems)
+    teacher = _teacher(settings, recipe, source, problems)
     origin = _origin(settings, source, teacher)
     data, validation = _data(settings, origin, teacher, problems)
     student = None if origin is None or data is None else student_of(settings, origin, teacher, data, problems)
@@ -105,11 +110,17 @@ def plan_training(
                 problems.add(f"the pattern {pattern!r} matches no module.")
     if objective is not None and data is not None:
         check_extras(settings, objective, data, validation, problems)
+    changes = None
+    if student is not None and not problems.sentences:
+        planned = student
+        changes = problems.tried(lambda: plan_changes(stage, planned.checkpoint(), problems))
     if problems.sentences:
         raise ProblemsError(problems.sentences)
     assert student is not None
     assert objective is not None
     assert data is not None
+    assert changes is not None
+    student = replace(student, changes=changes.of, layout=changes.layout)
     result = student.checkpoint()
     length = settings.text_length if isinstance(settings, Sequence) else settings.max_length
     length = length or _length(student, teacher)
@@ -123,13 +134,13 @@ def plan_training(
         objective=objective,
         data=data,
         validation=validation,
-        frozen=stage.ignore,
+        frozen=() if isinstance(settings, PruneTrainingSettings) else stage.ignore,
         max_length=length,
         bytes_before=source.nbytes,
         bytes_after=result.nbytes,
         memory_bytes=_memory(settings, student, result, teacher, length=length),
-        disk_bytes=result.nbytes + 2 * 12 * parameters_of(result),
-        notes=(*_own_teacher(settings, recipe), *_notes(settings, student, teacher, data)),
+        disk_bytes=result.nbytes + 2 * 12 * _trained(student, result),
+        notes=(*_own_teacher(settings, recipe), *changes.notes, *_notes(settings, student, teacher, data)),
         result=result,
     )
 
@@ -152,14 +163,22 @@ def _check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
         problems.add(f"{settings.method} makes a classifier, so task can't be language-modelling: leave it out.")
     if source.config.get("model_type") == ExitsConfig.model_type and not is_new(settings):
         problems.add(f"{source.source} has exits already, and they aren't trained any further: train what it is from.")
+    is_learned = isinstance(settings, Lsq)  # codes that come in are learned from there: see `changes`
     if isinstance(settings, FastBert) and source.quantization is not None:
         problems.add(f"{source.source} is compressed, and exits are put on an ordinary classifier: do that first.")
-    elif not is_new(settings) and (reason := untrainable(source)) is not None:
+    elif not is_new(settings) and not is_learned and (reason := untrainable(source)) is not None:
         problems.add(f"{source.source} {reason}: train it first, and compress it then.")
 
 
-def _teacher(settings: DistillSettings, recipe: Recipe, problems: Problems) -> Checkpoint | None:
-    if not isinstance(settings, Logits | BiLstm | Sequence):
+def _teacher(settings: DistillSettings, recipe: Recipe, source: Checkpoint, problems: Problems) -> Checkpoint | None:
+    """Who is learned from; the source itself where the model as it came in is."""
+    if isinstance(settings, Lsq) and settings.teacher is None and settings.alpha > 0:
+        if codes := untrainable(source):
+            problems.add(f"{source.source} {codes}: it can't teach itself; name a teacher, or set alpha to 0.")
+        return source
+    if not isinstance(settings, Logits | BiLstm | Sequence | TaughtSettings):
+        return None
+    if isinstance(settings, TaughtSettings) and settings.teacher is None:
         return None
     name = settings.teacher or recipe.model
     revision = None if settings.teacher else recipe.revision
@@ -194,7 +213,7 @@ def _data(
         known = found[0].examples.names if found and found[0] is not None and found[0].examples else names
 
         def read(source: str = source, split: str = split, known: Any = known) -> Data:
-            needs_labels = True if settings.needs_labels else None
+            needs_labels = True if settings.needs_labels and teacher is None else None
             runs = settings.task == "language-modelling" or (
                 settings.task == "auto" and not heads and is_running_text(settings, source, split)
             )
@@ -243,7 +262,17 @@ def _memory(
     activations = 4 * tokens * wide * layers
     if not is_classifier(student.config):
         activations += 12 * tokens * config.vocab_size * (1 if teacher is None else 2)
-    return int(BASE_BYTES + 16 * parameters_of(result) + 4 * (parameters_of(teacher) if teacher else 0) + activations)
+    return int(
+        BASE_BYTES + 16 * _trained(student, result) + 4 * (parameters_of(teacher) if teacher else 0) + activations
+    )
+
+
+def _trained(student: Student, result: Checkpoint) -> int:
+    """How many numbers are trained: a changed linear's weight is dense until the end, and its scores are as many."""
+    inside = tuple(f"{name}." for name in student.changes)
+    plain = sum(math.prod(info.shape) for name, info in result.tensors.items() if not name.startswith(inside))
+    changes = student.changes.values()
+    return plain + sum(math.prod(change.after.shape) * (1 + ("scores" in change.rates())) for change in changes)
 
 
 def _own_teacher(settings: DistillSettings, recipe: Recipe) -> list[str]:

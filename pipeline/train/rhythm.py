@@ -32,13 +32,23 @@ Metric = Literal["loss", "accuracy"]
 
 @dataclass(frozen=True)
 class Beat:
-    """Steps between two of each; measure: None if there is nothing to measure on. keep: by what the best is told."""
+    """Steps between two of each; measure: None if there is nothing to measure on. keep: by what the best is told.
+
+    settled: the step before which weights can't be kept, as they aren't yet what the method leaves.
+    """
 
     log: int
     save: int
     measure: int | None = None
     patience: int | None = None
     keep: Literal["last", "loss", "accuracy"] = "last"
+    settled: int = 0
+
+    def best(self, curve: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """The row of the best weights that may be kept; None if there are none, or the last are kept."""
+        if self.keep == "last":
+            return None
+        return best_row([row for row in curve if row["step"] >= self.settled], self.keep)
 
 
 def best_row(curve: Sequence[Mapping[str, Any]], metric: Metric) -> Mapping[str, Any] | None:
@@ -66,14 +76,14 @@ def measured_since(curve: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) 
 
 def curve_of(state: TrainerState) -> list[dict[str, Any]]:
     """One row a step at which something was logged or measured: step, epoch, loss, learning_rate, grad_norm,
-    eval_loss, accuracy; without what depends on the clock."""
+    sparsity, eval_loss, accuracy; without what depends on the clock."""
     rows: dict[int, dict[str, Any]] = {}
     names = {"eval_accuracy": "accuracy"}
     for entry in state.log_history:
         kept = {
             names.get(key, key): value
             for key, value in entry.items()
-            if key in ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
+            if key in ("loss", "learning_rate", "grad_norm", "sparsity", "eval_loss", "eval_accuracy")
         }
         if kept:
             step = int(entry["step"])
@@ -127,11 +137,10 @@ class Rhythm(TrainerCallback):
 
         No checkpoint is saved where the run stops, so that a run that is resumed stops there, too.
         """
-        if self._beat.keep == "last":
-            return
         curve = curve_of(state)
-        best = best_row(curve, self._beat.keep)
-        assert best is not None
+        best = self._beat.best(curve)
+        if best is None:
+            return
         if best["step"] == state.global_step:
             control.should_save = True
         elif self._beat.patience is not None and measured_since(curve, best) >= self._beat.patience:
@@ -155,7 +164,7 @@ class Rhythm(TrainerCallback):
         with disk_errors(folder):
             sync_folder(folder)
             sync_folder(folder.parent)
-            best = best_row(curve_of(state), self._beat.keep) if self._beat.keep != "last" else None
+            best = self._beat.best(curve_of(state))
             kept = {state.global_step, *([best["step"]] if best else [])}
             for other in Path(str(args.output_dir)).glob("checkpoint-*"):
                 if _step(other) not in kept:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import torch
 import transformers
@@ -19,10 +20,17 @@ from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.headers import TensorInfo
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.names import NameMap
+from modelzip.weights.dense import Dense
 from modelzip.weights.kinds import empty
-from modelzip.weights.layouts import MODELZIP
+from modelzip.weights.layouts import MODELZIP, quantization_config
 from modelzip.weights.linear import CompressedLinear
 from modelzip.weights.trainable import holds_codes, trainable
+from modelzip.weights.value import CompressedWeight
+
+from ..layer_plan import weights_now
+
+if TYPE_CHECKING:  # which is planned on students
+    from .changes import Change
 
 from .own import fill_base, fill_embedding
 
@@ -38,6 +46,7 @@ class Student:
     start: whole: all of the origin's weights; layers: those of some layers; copy: the leading part of each; random;
     principal: random but for an embedding by the origin's principal axes; exits: the origin within, random exits.
     layers: of the origin, by their places in the student. has_new_head: whether the origin has no classifier.
+    changes: linears that the method puts its own modules in place of, by name. layout: in which they are written.
     """
 
     config: Mapping[str, Any]
@@ -45,49 +54,96 @@ class Student:
     start: Start = "whole"
     layers: tuple[int, ...] = ()
     has_new_head: bool = False
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    layout: str = MODELZIP
 
     def checkpoint(self) -> Checkpoint:
         """What will be written, as far as headers go: nothing of it can be read yet."""
-        shell = replace(self.origin, config=dict(self.config))
+        shell = replace(self.origin, config=self.written_config(layout=MODELZIP))
         parts = self._compressed_parts()
         tensors = {}
         for name, tensor in stored(skeleton(shell), dtype=self.origin.dtype).items():
-            if name.removesuffix(".weight") in parts:
-                continue
-            nbytes = tensor.numel() * tensor.element_size()
-            spelling = _SPELLINGS[tensor.dtype]
-            tensors[name] = TensorInfo(name, spelling, tuple(tensor.shape), nbytes, self.origin.folder, 0)
+            if name.removesuffix(".weight") not in parts:
+                tensors[name] = self._info(name, tensor)
         for module, found in parts.items():
-            for suffix, info in found.items():
-                tensors[f"{module}.{suffix}"] = replace(info, name=f"{module}.{suffix}")
+            tensors |= {name: replace(info, name=name) for name, info in _within(module, found).items()}
         return replace(shell, tensors=tensors)
 
     def _compressed_parts(self) -> dict[str, dict[str, TensorInfo]]:
-        """The stored tensors of each module whose weight comes in compressed, and so goes out, by suffix."""
-        if self.start != "whole" or self.origin.quantization is None:
-            return {}
-        names = NameMap(skeleton(self.origin), self.origin)
-        found = {
-            own: {suffix: self.origin.tensors[name] for suffix, name in names.parts(module).items()}
-            for module, own in self.renamed().items()
-        }
-        return {own: parts for own, parts in found.items() if parts}  # a resized plain weight has none
+        """The stored tensors of each module whose weight goes out compressed, by suffix."""
+        parts = {}
+        if self.start == "whole" and self.origin.quantization is not None:
+            names = NameMap(skeleton(self.origin), self.origin)
+            found = {
+                own: {suffix: self.origin.tensors[name] for suffix, name in names.parts(module).items()}
+                for module, own in self._renamed().items()
+            }
+            parts = {own: stored for own, stored in found.items() if stored}  # a resized plain weight has none
+        for module, change in self.changes.items():
+            parts[module] = {suffix: self._info(suffix, one) for suffix, one in change.after.tensors().items()}
+        return parts
 
-    def renamed(self) -> dict[str, str]:
+    def _info(self, name: str, tensor: Tensor) -> TensorInfo:
+        nbytes = tensor.numel() * tensor.element_size()
+        return TensorInfo(name, _SPELLINGS[tensor.dtype], tuple(tensor.shape), nbytes, self.origin.folder, 0)
+
+    @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        """The origin's quantization_config in modelzip's own words, whatever its layout; None if nothing is compressed.
+
+        Raises CheckpointError for layouts that modelzip doesn't read.
+        """
+        before = self.origin.quantization
+        if before is None or before.get("quant_method") == MODELZIP:
+            return before
+        model = skeleton(self.origin)
+        names = NameMap(model, self.origin)
+        now = weights_now(self.origin, find_structure(model, self.origin, names=names), names)
+        metas = {name: weight.meta() for name, weight in now.items() if weight.kind != Dense.kind}
+        return quantization_config(metas, layout=MODELZIP, linears=())
+
+    def _renamed(self) -> dict[str, str]:
         """What each compressed module of the origin is called in the student, which may have a head around it."""
-        modules = (self.origin.quantization or {}).get("modules", {})
-        model = skeleton(replace(self.origin, config=dict(self.config)))
+        modules = (self.quantization or {}).get("modules", {})
+        model = skeleton(replace(self.origin, config=self._plain_config()))
         known = {name for name, _ in model.named_modules()}
         return {name: name if name in known else f"{model.base_model_prefix}.{name}" for name in modules}
 
-    def written_config(self) -> dict[str, Any]:
-        """config.json of the output."""
-        config = {key: value for key, value in self.config.items() if key != "quantization_config"}
-        quantization = self.origin.quantization
-        if self.start == "whole" and quantization is not None:
-            modules = {own: quantization["modules"][name] for name, own in self.renamed().items()}
-            config["quantization_config"] = {**quantization, "modules": modules}
-        return config
+    def _plain_config(self) -> dict[str, Any]:
+        return {key: value for key, value in self.config.items() if key != "quantization_config"}
+
+    def written_config(self, metas: Mapping[str, Any] | None = None, *, layout: str | None = None) -> dict[str, Any]:
+        """config.json of the output. metas: what the changed modules have become; without, what is planned."""
+        config, before = self._plain_config(), self.quantization if self.start == "whole" else None
+        if before is None and not self.changes:
+            return config
+        own = before if before is not None else {"modules": {}, "shared": {}}
+        modules = {name: own["modules"][theirs] for theirs, name in self._renamed().items()} if before else {}
+        modules |= {name: change.after.meta() for name, change in self.changes.items()} | dict(metas or {})
+        layout = self.layout if layout is None else layout
+        linears = []
+        if layout != MODELZIP:
+            model = skeleton(replace(self.origin, config=config))
+            linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        made = quantization_config(modules, layout=layout, linears=linears, shared=own.get("shared", {}))
+        return {**config, "quantization_config": {**own, **made} if layout == MODELZIP else made}
+
+    def split(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, CompressedWeight]]:
+        """A trained state without the changed modules' weights, and these as they have become, by module."""
+        rest = dict(state)
+        made = {}
+        for module, change in self.changes.items():
+            inside = f"{module}."
+            tensors = {name.removeprefix(inside): rest[name] for name in state if name.startswith(inside)}
+            made[module] = change.frozen(tensors)
+            for name in tensors:
+                if name != "bias":
+                    del rest[inside + name]
+        return rest, made
+
+
+def _within(module: str, parts: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    return {f"{module}.{suffix}": info for suffix, info in parts.items()}
 
 
 def architecture(config: Mapping[str, Any]) -> str:
@@ -170,13 +226,15 @@ def open_student(student: Student, *, seed: int, attention: str | None = None) -
         torch.manual_seed(seed % (1 << 63))
         model = skeleton(replace(student.origin, config=dict(student.config)))
         if student.start == "whole":
-            if student.origin.quantization is not None:
-                model.config.quantization_config = student.origin.quantization
+            if student.quantization is not None:
+                model.config.quantization_config = student.quantization
             made = _pretrained(type(model), student.origin, model.config, attention, has_new_head=student.has_new_head)
         else:
             model_class: Any = type(model)
             made = model_class._from_config(model.config, dtype=torch.float32, attn_implementation=attention)
             _begin(made, student)
+    for name, change in student.changes.items():
+        made.set_submodule(name, change.mounted(made.get_submodule(name)))
     for name, module in list(made.named_modules()):
         if isinstance(module, CompressedLinear):
             made.set_submodule(name, trainable(module.weight_value, module.bias))
@@ -203,6 +261,8 @@ def untrainable(checkpoint: Checkpoint) -> str | None:
 def open_whole(checkpoint: Checkpoint, *, attention: str | None = None) -> Any:
     """A model to learn from: in fp32, in eval mode, without gradients."""
     model = skeleton(checkpoint)
+    if checkpoint.quantization is not None:  # which a skeleton's config hasn't got
+        model.config.quantization_config = checkpoint.quantization
     with _quiet():
         found = _pretrained(type(model), checkpoint, model.config, attention, has_new_head=False)
     return found.requires_grad_(False).eval()

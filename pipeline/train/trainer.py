@@ -21,7 +21,7 @@ from ..progress import Progress
 from .lesson import Lesson
 from .material import Material
 from .order import EpochOrder, LongestFirst
-from .rhythm import Beat, Rhythm, best_row, checkpoint_at, curve_of
+from .rhythm import Beat, Rhythm, checkpoint_at, curve_of
 
 WEIGHTS = "model.safetensors"
 
@@ -86,6 +86,26 @@ class LessonTrainer(Trainer):
         places: Any = material
         loader: Any = torch.utils.data.DataLoader(places, batch_size=size, sampler=sampler, collate_fn=material.batch)
         return self.accelerator.prepare(loader)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Without those that a method wants no weight decay for."""
+        return [name for name in super().get_decay_parameter_names(model) if name not in self._lesson.rates]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's own, with a group for each learning rate that isn't the common one."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        whole = self.model if model is None else model
+        assert whole is not None
+        named = dict(whole.named_parameters())
+        rates = {name: rate for name, rate in self._lesson.rates.items() if rate is not None and name in named}
+        for rate in sorted(set(rates.values())) if is_new else ():
+            own = [named[name] for name in named if rates.get(name) == rate and named[name].requires_grad]
+            moved = {id(parameter) for parameter in own}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -238,7 +258,7 @@ def train(
         curve = curve_of(trainer.state)
         kept, steps = trainer.state.global_step, trainer.state.global_step
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if course.beat.keep != "last" and (best := best_row(curve, course.beat.keep)) is not None:
+        if course.beat.keep != "last" and (best := course.beat.best(curve)) is not None:
             kept = best["step"]
             if kept != steps:
                 best_state = load_file(checkpoint_at(work, kept) / WEIGHTS)

@@ -21,13 +21,18 @@ from transformers import LlamaForCausalLM
 
 import modelzip.weights  # noqa: F401  # as the fresh process does for modelzip's own layout
 from modelzip.checkpoints.fresh import FreshProcessError
+from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.obs import inverse_factor
 from modelzip.compressors.quantize.gptq import gptq
 from modelzip.compressors.quantize.grid import fit_grid
 from modelzip.compressors.quantize.rtn import rtn
 from modelzip.compressors.quantize.settings import Gptq, QuantizeSettings, Rtn
 from modelzip.pipeline import selftext, verify
+from modelzip.pipeline.clock import Clock
+from modelzip.pipeline.context import Context
+from modelzip.pipeline.identity import fingerprint_of
 from modelzip.pipeline.run import Result, run_recipe
+from modelzip.pipeline.training import plan_training, run_training
 from modelzip.recipes.load import parse_recipe
 from modelzip.recipes.schema import STAGES
 from modelzip.weights.affine import Affine
@@ -116,6 +121,44 @@ def compress(here, recipe_of) -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def progress() -> Progress:
     return Progress()
+
+
+@pytest.fixture(scope="session")
+def train_stage(progress) -> Callable[..., dict[str, Any]]:
+    """train_stage(model, output, kind, stage, seed=..., resume=..., progress=..., callbacks=...) -> the record of that
+    stage, whose output has as many bytes as its plan said if they are to be exact."""
+
+    def run(
+        model: Path,
+        output: Path,
+        kind: str,
+        stage: Mapping[str, Any],
+        *,
+        seed: int = 0,
+        exact: bool = True,
+        **options: Any,
+    ) -> dict[str, Any]:
+        recipe = parse_recipe({"model": str(model), "seed": seed, "stages": [{kind: stage}]}, "test")
+        source = Checkpoint.open(str(model))
+        plan = plan_training(recipe.stages[0], source, recipe=recipe, output=output)
+        shown = options.pop("progress", progress)
+        context = Context(recipe, torch.device("cpu"), fingerprint_of(recipe, source), Clock(), shown)
+        record = run_training(
+            plan,
+            source,
+            target=output,
+            describe=lambda found: json.dumps(found, sort_keys=True).encode(),
+            context=context,
+            **{"overwrite": False, "resume": False, **options},
+        )
+        written = Checkpoint.open(str(output))
+        assert plan.bytes_after == written.nbytes or not exact
+        assert {name: info.dtype for name, info in plan.result.tensors.items()} == {
+            name: info.dtype for name, info in written.tensors.items()
+        }
+        return record
+
+    return run
 
 
 @pytest.fixture(scope="session")

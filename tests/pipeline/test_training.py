@@ -25,7 +25,14 @@ from modelzip.pipeline.identity import fingerprint_of
 from modelzip.pipeline.training import plan_training, run_training, training_section
 from modelzip.recipes.load import parse_recipe
 
-QUICK = {"max_steps": 6, "train_batch_size": 8, "learning_rate": 2e-3, "log_every": 2, "warmup": 0.0}
+QUICK = {
+    "method": "labels",
+    "max_steps": 6,
+    "train_batch_size": 8,
+    "learning_rate": 2e-3,
+    "log_every": 2,
+    "warmup": 0.0,
+}
 
 
 def write_table(file: Path, *, count: int, seed: int, labelled: bool = True) -> Path:
@@ -404,7 +411,7 @@ def test_a_loss_that_is_no_number_ends_the_run(speaking, learn, tables, tmp_path
 
 def test_tensorboard_that_isnt_installed_is_told_before_anything_runs(speaking, learn, tables, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    told = sentences(learn, speaking("bert"), {"data": str(tables / "train.tsv"), "tensorboard": True})
+    told = sentences(learn, speaking("bert"), {**QUICK, "data": str(tables / "train.tsv"), "tensorboard": True})
     assert told == ["distill: tensorboard needs the package of that name: install it, or leave tensorboard out."]
 
 

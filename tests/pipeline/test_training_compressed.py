@@ -57,7 +57,8 @@ def test_zeros_stay_zero_factors_are_trained_and_the_layout_is_kept(compressed, 
     folder, kept = compressed
     rows = "\n".join(f"{'ab'[place % 2] * 4}\t{place % 2}" for place in range(32))
     (tmp_path / "data.tsv").write_text(f"text\tlabel\n{rows}\n")
-    stage = {"data": str(tmp_path / "data.tsv"), "max_steps": 8, "learning_rate": 0.01, "log_every": 1}
+    stage = {"method": "labels", "data": str(tmp_path / "data.tsv"), "max_steps": 8, "learning_rate": 0.01}
+    stage |= {"log_every": 1}
     recipe = parse_recipe({"model": str(folder), "stages": [{"distill": stage}]}, "test")
     assert isinstance(recipe.stages[0].settings, Labels)
     source, output = Checkpoint.open(str(folder)), tmp_path / "out"
