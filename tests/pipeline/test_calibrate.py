@@ -253,8 +253,8 @@ BROKEN = {
     ),
     "a line that isn't JSON": ("data.jsonl", '{"text": "b"\n', "{file} line 1 isn't JSON: Expecting ',' delimiter."),
     "another kind of file": (
-        *("data.csv", "text\nabc\n"),
-        "{file} is of no known kind: text comes from .txt, .jsonl or .parquet files.",
+        *("data.json", "text\nabc\n"),
+        "{file} is of no known kind: text comes from .txt, .jsonl, .parquet, .csv or .tsv files.",
     ),
     "text that isn't UTF-8": (
         *("data.txt", b"abc \xff def"),
