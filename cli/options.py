@@ -14,7 +14,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from modelzip.recipes.describe import allowed, choices, default, either, extra, shape
+from modelzip.recipes.describe import allowed, choices, default, either, extra, shape, words_beside
 from modelzip.recipes.schema import Calibration, Evaluation, Recipe, Stage
 
 from .failures import guarded
@@ -108,7 +108,7 @@ def field_option(
 def _typed_as(field: FieldInfo) -> Literal["text", "list", "mapping"]:
     """How an option is typed: a list beside which words are taken too is one text, taken apart later."""
     form = shape(field)
-    return "text" if form == "one" or (form == "list" and choices(field)) else form
+    return "text" if form == "one" or (form == "list" and words_beside(field)) else form
 
 
 def _metavar(field: FieldInfo, words: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from modelzip.checkpoints.errors import ProblemsError, RecipeError
 from modelzip.evaluation.gates import parse_gates, require_measured
-from modelzip.recipes.describe import choices, shape
+from modelzip.recipes.describe import shape, words_beside
 from modelzip.recipes.files import read_recipe_file
 from modelzip.recipes.load import NOT_RENAMED, parse_recipe
 from modelzip.recipes.schema import STAGES, Recipe, Stage
@@ -132,7 +132,7 @@ def typed(field: FieldInfo, value: Any) -> Any:
     if not isinstance(pieces, list) or not all(isinstance(one, str) for one in pieces):
         return value
     if form == "list":
-        words = choices(field)
+        words = words_beside(field)
         split = [part.strip() for one in pieces for part in one.strip("[]() ").split(",") if part.strip()]
         return split[0] if len(split) == 1 and split[0] in words else split
     if form == "mapping" and len(pieces) == 1:

@@ -31,6 +31,13 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
     return tuple(_words(field.annotation))
 
 
+def words_beside(field: FieldInfo) -> tuple[str, ...]:
+    """The words that a field takes as a whole, without those that are only entries of its list."""
+    annotation = field.annotation
+    ones = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return tuple(word for one in ones if get_origin(one) is not tuple for word in _words(one))
+
+
 def extra(field: FieldInfo, key: str) -> str:
     """A string of the field's json_schema_extra, or ''."""
     found = field.json_schema_extra

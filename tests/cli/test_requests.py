@@ -158,6 +158,12 @@ def test_the_help_lists_options_in_sections(pipeline, capsys, monkeypatch):
     assert "--bits" not in "".join(text for name, text in sections.items() if name != "Method")
 
 
+@pytest.mark.parametrize("typed", ["random", "random,shuffled"])
+def test_a_list_of_words_is_a_list_even_if_one_is_typed(pipeline, typed):
+    assert answer(["prune", "m", "--method", "lottery", "--data", "a.tsv", "--controls", typed]) == 0
+    assert pipeline.asked["recipe"].stages[0].settings.controls == tuple(typed.split(","))
+
+
 def test_lists_and_mappings_are_typed_with_commas(pipeline):
     assert answer(["prune", "m", "--method", "layers", "--keep", "0,2,4"]) == 0
     assert pipeline.asked["recipe"].stages[0].settings.keep == (0, 2, 4)
