@@ -47,6 +47,7 @@ def left(place) -> Callable[[str], list[str]]:
     return lambda name: sorted(path.name for path in place.iterdir() if path.name.lstrip(".").startswith(f"{name}."))
 
 
+@pytest.mark.slow
 def test_killed_at_writes_all_along_a_chain_resumes_to_the_bytes_of_a_whole_one(place, whole, modelzip, hashes):
     files, writes = whole
     wrong = []

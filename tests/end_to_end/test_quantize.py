@@ -62,7 +62,7 @@ def test_the_report_fits_its_schema_and_says_what_was_done(failed_gate):
     assert report.command == "quantize"
     assert report.output == "my-model-gptq-4bit"
     assert (report.calibration.source, report.calibration.samples, report.calibration.seq_len) == ("self", 4, 32)
-    assert {(module.method, module.bits, module.group_size) for module in report.modules} == {("gptq", 4, 32)}
+    assert {(module.method, module.form) for module in report.modules} == {("gptq", "4 bit, group 32")}
     assert len(report.modules) == 3 * 7
     assert report.evaluation.kl > 1e-9
     assert report.size.bytes_after == sum(
