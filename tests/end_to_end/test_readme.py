@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,7 @@ from modelzip.recipes.schema import STAGES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+REPRESENTATIVE = frozenset({"README.md", "quantize.md", "distill.md", "run.md"})
 BLOCK = re.compile(r"^```(?P<language>\w*) *(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 VERBS = (*STAGES, "run", "evaluate", "export", "methods", "recipe check", "recipe show", "recipe schema")
 NOT_OURS = {"--strict", "--cpu"}  # options of other programs that the pages name
@@ -107,9 +109,14 @@ def help_text(verb: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=lambda page: page.name
-)
+def run_pages() -> list[Any]:
+    """The pages with examples. A command takes seconds to start, so all but a few are for the slow tests."""
+    pages = [page for page in PAGES if any(block.runs for block in blocks(page))]
+    marks = {page: () if page.name in REPRESENTATIVE else (pytest.mark.slow,) for page in pages}
+    return [pytest.param(page, id=page.name, marks=marks[page]) for page in pages]
+
+
+@pytest.mark.parametrize("page", run_pages())
 def test_every_example_of_the_page_runs(page: Path, pico: Path, tmp_path: Path) -> None:
     for name in ("my-model", "my-classifier", "train.tsv", "dev.tsv"):
         (tmp_path / name).symlink_to(pico / name)
