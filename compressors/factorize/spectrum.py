@@ -65,7 +65,8 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     """σ² of a matrix [m, n], falling, [min(m, n)], fp64."""
     matrix = matrix.double()
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min_(0)
+    squares: Tensor = torch.linalg.eigvalsh(gram)
+    return squares.flip(0).clamp_min_(0)
 
 
 def rank_for_loss(squares: Tensor, allowed: float) -> int:
