@@ -31,20 +31,20 @@ def test_the_weighted_error_is_the_sum_of_the_squared_singular_values_left_out(r
     factors = embedding_factors(embedding, Embedding(rank=rank), counts)
     assert (factors[0].shape, factors[1].shape) == ((200, rank), (rank, 16))
     dropped = torch.linalg.svdvals(counts.sqrt().double()[:, None] * embedding.double())[rank:].square().sum()
-    assert loss(embedding, factors, counts) == pytest.approx(float(dropped), rel=1e-5)  # measured: 5e-8
+    assert loss(embedding, factors, counts) == pytest.approx(float(dropped), rel=1e-5)  # measured: 3e-9
 
 
 def test_with_frequencies_it_loses_less_of_the_text_than_plain_svd():
     embedding, counts = table()
     ours = loss(embedding, embedding_factors(embedding, Embedding(rank=6), counts), counts)
-    assert ours < 0.75 * loss(embedding, svd(embedding, Svd(rank=6)), counts)  # measured: 0.35
+    assert ours < 0.75 * loss(embedding, svd(embedding, Svd(rank=6)), counts)  # measured: 0.63
 
 
 def test_without_frequencies_it_is_plain_svd():
     embedding, _ = table()
     left, right = embedding_factors(embedding, Embedding(rank=6))
     a, b = svd(embedding, Svd(rank=6))
-    assert float((left @ right - a @ b).norm() / (a @ b).norm()) < 1e-6  # measured: 1e-7
+    assert float((left @ right - a @ b).norm() / (a @ b).norm()) < 1e-6  # measured: 9e-8
 
 
 def test_tokens_without_weight_keep_what_the_others_directions_hold_of_them():

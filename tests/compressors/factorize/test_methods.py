@@ -63,7 +63,7 @@ def test_the_stored_factors_stand_for_the_weight_and_come_back_bit_for_bit(setti
     again = type(made).from_tensors(made.tensors(), made.meta())
     assert all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in made.tensors().values())
     assert torch.equal(made.dense(), again.dense())
-    assert float((made.dense() - weight).norm() / weight.norm()) < 0.5  # measured: 0.02, 0.07, 0.29, 0.31
+    assert float((made.dense() - weight).norm() / weight.norm()) < 0.4  # measured: 0.15, 0.23, 0.02, 0.28
 
 
 @pytest.mark.parametrize("settings", EVERY)

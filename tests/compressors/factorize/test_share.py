@@ -39,7 +39,7 @@ def test_the_fit_is_what_lstsq_finds_on_all_layers_inputs_and_outputs():
     x = torch.cat([x for _, x in pairs])
     y = torch.cat([x @ weight.T for weight, x in pairs])
     truth = torch.linalg.lstsq(x, y).solution.T
-    assert float((shared.double() - truth).norm() / truth.norm()) < 1e-6  # measured: 2e-8, of fp32
+    assert float((shared.double() - truth).norm() / truth.norm()) < 1e-6  # measured: 2e-8, the rounding to fp32
 
 
 def test_with_damping_it_is_what_lstsq_finds_when_the_mean_is_one_more_wish():
@@ -51,13 +51,13 @@ def test_with_damping_it_is_what_lstsq_finds_when_the_mean_is_one_more_wish():
     x = torch.cat([*(x / len(x) ** 0.5 for _, x in pairs), level.sqrt() * torch.eye(8).double()])
     y = torch.cat([*(x @ weight.T / len(x) ** 0.5 for weight, x in pairs), level.sqrt() * mean.T])
     truth = torch.linalg.lstsq(x, y).solution.T
-    assert float((shared.double() - truth).norm() / truth.norm()) < 1e-6  # measured: 3e-8, of fp32
+    assert float((shared.double() - truth).norm() / truth.norm()) < 1e-6  # measured: 3e-8, the rounding to fp32
 
 
 def test_it_loses_less_than_the_average():
     pairs = layers()
     ratio = loss(least_squares(moments(pairs), damping=0.01), pairs) / loss(average(w for w, _ in pairs), pairs)
-    assert ratio < 0.8  # measured: 0.47
+    assert ratio < 0.5  # measured: 0.35
 
 
 def test_where_no_input_ever_is_the_shared_weight_is_the_average():

@@ -16,4 +16,4 @@ def test_left_sees_the_second_moment_of_what_right_makes_of_the_inputs():
     made = factor_hessian(x.T @ x / len(x), right)
     assert made.dtype == torch.float32
     assert torch.equal(made, made.T)
-    assert float((made.double() - truth).norm() / truth.norm()) < 1e-5  # measured: 3e-7
+    assert float((made.double() - truth).norm() / truth.norm()) < 1e-5  # measured: 9e-8

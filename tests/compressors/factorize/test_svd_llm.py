@@ -50,7 +50,9 @@ def test_the_measured_loss_of_outputs_is_the_sum_of_the_squared_singular_values_
     left, right = svd_llm(weight, barely_damped, SvdLlm(rank=rank))
     # The paper's own way, in fp64: S by Cholesky, singular values of W S by torch.
     dropped = torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(second_moment(x)))[rank:].square().sum()
-    assert loss(weight, left @ right, x) == pytest.approx(float(dropped), rel=1e-8)  # measured: 2e-11
+    assert loss(weight, left @ right, x) == pytest.approx(
+        float(dropped), rel=1e-10
+    )  # measured: 1e-14, the damping's part among it
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -62,7 +64,7 @@ def test_with_damping_the_identity_holds_of_the_loss_with_the_weights_own_error_
     factor = torch.linalg.cholesky(hessian + level * torch.eye(columns, dtype=torch.float64))
     dropped = float(torch.linalg.svdvals(weight.double() @ factor)[8:].square().sum())
     both = loss(weight, made, x) + level * float((weight.double() - made).square().sum())
-    assert both == pytest.approx(dropped, rel=1e-9)  # measured: 2e-14
+    assert both == pytest.approx(dropped, rel=1e-10)  # measured: 7e-15
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -72,7 +74,7 @@ def test_it_is_the_weight_that_the_papers_formula_gives(rows, columns):
     u, s, v = torch.linalg.svd(weight.double() @ factor, full_matrices=False)
     paper = (u[:, :8] * s[:8]) @ v[:8] @ torch.linalg.inv(factor)
     made = run(weight, hessian, rank=8)
-    assert float((made - paper).norm() / paper.norm()) < 1e-9  # measured: 1e-13
+    assert float((made - paper).norm() / paper.norm()) < 1e-10  # measured: 1e-14
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -88,7 +90,7 @@ def test_alternating_least_squares_on_the_outputs_finds_nothing_better(rows, col
         right = torch.linalg.lstsq(x, hidden).solution.T
         left = torch.linalg.lstsq(x @ right.T, y).solution.T
     assert ours <= loss(weight, left @ right, x) * (1 + 1e-9)
-    assert loss(weight, left @ right, x) == pytest.approx(ours, rel=0.01)  # measured: 3e-4
+    assert loss(weight, left @ right, x) == pytest.approx(ours, rel=1e-6)  # measured: 2e-16
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -96,14 +98,14 @@ def test_on_correlated_inputs_it_loses_far_less_than_plain_svd(rows, columns):
     weight, x = random_weight(rows, columns), inputs(columns)
     left, right = svd(weight, Svd(ratio=0.8))
     ours = loss(weight, run(weight, second_moment(x), ratio=0.8), x)
-    assert (ours / loss(weight, left @ right, x)) ** 0.5 < 0.4  # measured: 0.26, 0.31, 0.25
+    assert (ours / loss(weight, left @ right, x)) ** 0.5 < 0.35  # measured: 0.25, 0.16, 0.22
 
 
 def test_with_white_inputs_it_is_plain_svd():
     weight = random_weight(24, 40)
     left, right = svd(weight, Svd(rank=8))
     made = run(weight, 3 * torch.eye(40), rank=8)
-    assert float((made - left @ right).norm() / made.norm()) < 1e-10  # measured: 2e-15
+    assert float((made - left @ right).norm() / made.norm()) < 1e-10  # measured: 3e-15
 
 
 def test_energy_counts_outputs_not_weights():
@@ -113,7 +115,7 @@ def test_energy_counts_outputs_not_weights():
     many = svd(weight, Svd(energy=0.95))[0].shape[1]
     kept = torch.linalg.svdvals(weight.double() @ whitened.factor).square().cumsum(0)
     assert kept[few - 1] >= 0.95 * kept[-1] > kept[few - 2]
-    assert few < many / 2  # measured: 8 and 26
+    assert few < many / 2  # measured: 8 and 24
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -125,7 +127,7 @@ def test_dead_columns_are_counted_and_change_nothing_about_the_loss_on_the_livin
     assert (whitened.dead, whitened.damping) == (3, 0.01)
     ours = loss(weight, run(weight, second_moment(x), rank=8), x)
     without = loss(weight[:, alive], run(weight[:, alive], second_moment(x[:, alive]), rank=8), x[:, alive])
-    assert ours == pytest.approx(without, rel=0.01)  # measured: 2e-4
+    assert ours == pytest.approx(without, rel=0.01)  # measured: 7e-4
 
 
 def test_where_nothing_was_ever_active_it_is_plain_svd():
@@ -143,7 +145,7 @@ def test_a_hessian_that_rounding_has_made_indefinite_climbs_the_ladder_by_roots_
     whitened = whitening(hessian, **LADDER)
     assert whitened.damping == pytest.approx(0.01 * 10**1.5)
     damped = hessian.double() + whitened.damping * torch.eye(8, dtype=torch.float64)
-    assert float((whitened.factor @ whitened.factor.T - damped).norm()) < 1e-12
+    assert float((whitened.factor @ whitened.factor.T - damped).norm()) < 1e-12  # measured: 7e-16
 
 
 def test_a_hessian_that_no_damping_mends_is_unsuitable():

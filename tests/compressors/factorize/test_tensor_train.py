@@ -55,13 +55,13 @@ def test_a_planted_train_is_recovered_to_rounding(shape, dims, rank):
     weight = planted(pairs, uniform_ranks(pairs, rank))
     cores = tensor_train(weight, TensorTrain(rank=rank, dims=dims))
     assert [tuple(core.shape[1:3]) for core in cores] == list(pairs)
-    assert relative(dense(cores), weight) < 1e-7  # measured: 5e-16
+    assert relative(dense(cores), weight) < 1e-12  # measured: 9e-16
 
 
 def test_a_planted_train_comes_back_also_when_more_ranks_are_asked_for():
     pairs = paired_modes((12, 18), 3)
     weight = planted(pairs, (2, 2))
-    assert relative(dense(tensor_train(weight, TensorTrain(rank=4))), weight) < 1e-7  # measured: 2e-8
+    assert relative(dense(tensor_train(weight, TensorTrain(rank=4))), weight) < 1e-12  # measured: 7e-16
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -88,7 +88,7 @@ def test_two_cores_are_the_nearest_sum_of_kronecker_products():
     (rows, columns), _ = paired_modes((12, 10), 2)
     a, b = kronecker(weight, Kronecker(rank=3, shape=f"{rows}x{columns}"))
     cores = tensor_train(weight, TensorTrain(rank=3, dims=2))
-    assert relative(dense(cores), torch.einsum("tij,tkl->ikjl", a, b).reshape(12, 10)) < 1e-10  # measured: 2e-15
+    assert relative(dense(cores), torch.einsum("tij,tkl->ikjl", a, b).reshape(12, 10)) < 1e-10  # measured: 1e-16
 
 
 def test_it_loses_less_than_the_same_train_fitted_to_random_columns():
@@ -104,16 +104,22 @@ def test_it_loses_less_than_the_same_train_fitted_to_random_columns():
         second.reshape(4, *pairs[1], 4),
         (second.T @ rest).reshape(4, *pairs[2], 1),
     )
-    assert relative(dense(ours), weight) < 0.9 * relative(dense(naive), weight)  # measured: 0.82 of 0.97
+    assert relative(dense(ours), weight) < 0.75 * relative(dense(naive), weight)  # measured: 0.62 (0.58 of 0.94)
 
 
-@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
+@pytest.mark.parametrize("energy", [0.3, 0.6, 0.9])
 def test_energy_is_kept(energy):
-    weight = draw(12, 18)
+    weight = draw(16, 24)
     cores = tensor_train(weight, TensorTrain(energy=energy))
-    kept = 1 - relative(dense(cores), weight) ** 2
-    assert kept >= energy
-    assert kept < energy + 0.25 * (1 - energy) + 0.1  # no rank to spare: measured 0.56, 0.91, 0.9996
+    assert energy <= 1 - relative(dense(cores), weight) ** 2 < 1
+
+
+def test_energy_finds_the_ranks_of_a_planted_train_under_noise():
+    pairs = paired_modes((16, 24), 3)
+    weight = planted(pairs, (2, 3))
+    weight += 0.01 * weight.std() * draw(16, 24)
+    cores = tensor_train(weight, TensorTrain(energy=0.999))
+    assert [core.shape[3] for core in cores[:-1]] == [2, 3]
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
