@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Engine: TypeAlias = Literal["layerwise", "structural", "training"]
+GroupSize = Annotated[int, Field(ge=1)] | Literal["channel", "tensor"]
 
 
 class MethodSettings(BaseModel):
@@ -45,3 +46,52 @@ class MethodSettings(BaseModel):
     def label(self) -> str:
         """What an output folder's name says of this stage."""
         return self.method
+
+
+class GridSettings(MethodSettings):
+    """The affine grid that values are rounded to, where they are."""
+
+    group_size: GroupSize = Field(
+        default=128,
+        description="Columns that share one scale; channel: one scale a row; tensor: one scale a matrix.",
+    )
+    symmetric: bool = Field(
+        default=True,
+        description="Grid symmetric around zero; off, every group also has a zero point.",
+        json_schema_extra={"negative": "asymmetric"},
+    )
+    clip: Literal["none", "mse"] = Field(
+        default="mse",
+        description="Range of the grid; mse: the one with the least squared error, none: from the smallest to the "
+        "largest weight.",
+    )
+    strict_groups: bool = Field(
+        default=False,
+        description="Stop where group_size doesn't divide a matrix's columns; off, the largest group that fits is "
+        "taken and reported.",
+    )
+
+
+class CalibratedSettings(MethodSettings):
+    """What methods share that look at what flows into a matrix."""
+
+    propagate: Literal["compressed", "original"] = Field(
+        default="compressed", description="Which output of a block is the next block's calibration input."
+    )
+
+
+class DampedSettings(CalibratedSettings):
+    """What methods share that factor the Hessian of the inputs."""
+
+    damping: float = Field(
+        default=0.01, gt=0, lt=1, description="Share of the Hessian's mean diagonal that is added to its diagonal."
+    )
+    max_damping: float = Field(
+        default=1.0, gt=0, le=10, description="Last damping that is tried when the Hessian can't be factored."
+    )
+
+    @model_validator(mode="after")
+    def _ladder_goes_up(self) -> Self:
+        if self.max_damping < self.damping:
+            raise ValueError(f"max_damping ({self.max_damping}) must not be less than damping ({self.damping})")
+        return self

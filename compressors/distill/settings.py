@@ -140,10 +140,20 @@ class Labels(DistillSettings):
     method: Literal["labels"] = Field(default="labels", description="Name of the method.")
 
 
-class Logits(DistillSettings):
-    """A teacher's logits are learned, beside the labels where there are any."""
+class PupilSettings(DistillSettings):
+    """What methods share whose student can't learn without a teacher."""
 
     needs_teacher: ClassVar[bool] = True
+    teacher: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The teacher, a folder or hub id; without one, the model that the run began with.",
+    )
+
+
+class Logits(PupilSettings):
+    """A teacher's logits are learned, beside the labels where there are any."""
+
     alternatives: ClassVar[tuple[str, ...]] = ("layers", "student_config")
     summary: ClassVar[str] = "Train the model, or a smaller one made from the teacher, on the teacher's logits."
     citation: ClassVar[str] = (
@@ -153,11 +163,6 @@ class Logits(DistillSettings):
     example: ClassVar[str] = "- distill: {method: logits, data: train.tsv, layers: [0, 2, 4], temperature: 2, alpha: 1}"
 
     method: Literal["logits"] = Field(default="logits", description="Name of the method.")
-    teacher: str | None = Field(
-        default=None,
-        min_length=1,
-        description="The teacher, a folder or hub id; without one, the model that the run began with.",
-    )
     layers: tuple[int, ...] | None = Field(
         default=None,
         min_length=1,

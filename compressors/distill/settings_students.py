@@ -6,15 +6,14 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modelzip.compressors.quantize.settings import GroupSize
+from modelzip.compressors.settings import GroupSize
 
-from .settings import BASELINE, DistillSettings, TaughtSettings
+from .settings import BASELINE, DistillSettings, PupilSettings, TaughtSettings
 
 
-class BiLstm(DistillSettings):
+class BiLstm(PupilSettings):
     """A bidirectional LSTM learns what a classifier says."""
 
-    needs_teacher: ClassVar[bool] = True
     summary: ClassVar[str] = "Train a small bidirectional LSTM on the logits of a classifier; the tokenizer stays."
     citation: ClassVar[str] = (
         'Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks"'
@@ -22,11 +21,6 @@ class BiLstm(DistillSettings):
     example: ClassVar[str] = "- distill: {method: bilstm, data: train.tsv, epochs: 10, learning_rate: 0.001}"
 
     method: Literal["bilstm"] = Field(default="bilstm", description="Name of the method.")
-    teacher: str | None = Field(
-        default=None,
-        min_length=1,
-        description="The teacher, a folder or hub id; without one, the model that the run began with.",
-    )
     learning_rate: float = Field(default=1e-3, gt=0, le=10, description="Learning rate at its peak.")
     embedding_size: int = Field(
         default=50, ge=1, description="Numbers a token; with a large vocabulary they are nearly all of the model."
@@ -78,20 +72,14 @@ class FastBert(DistillSettings):
         return self
 
 
-class Sequence(DistillSettings):
+class Sequence(PupilSettings):
     """A language model learns from text that its teacher wrote."""
 
-    needs_teacher: ClassVar[bool] = True
     summary: ClassVar[str] = "Train a language model on text that the teacher writes, as if it were real."
     citation: ClassVar[str] = 'Kim & Rush 2016, "Sequence-Level Knowledge Distillation"'
     example: ClassVar[str] = "- distill: {method: sequence, texts: 2000, text_length: 256}"
 
     method: Literal["sequence"] = Field(default="sequence", description="Name of the method.")
-    teacher: str | None = Field(
-        default=None,
-        min_length=1,
-        description="The teacher, a folder or hub id; without one, the model that the run began with.",
-    )
     texts: int = Field(default=1000, ge=1, description="Texts that the teacher writes.")
     text_length: int = Field(default=256, ge=2, description="Tokens of each of them.")
     prompt_length: int = Field(

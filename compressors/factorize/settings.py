@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modelzip.compressors.settings import Engine, MethodSettings
+from modelzip.compressors.settings import DampedSettings, Engine, MethodSettings
 
 CHOICES: Final = ("ratio", "energy", "target_size", "rank")
 """The settings of which one says how large the factors are."""
@@ -85,7 +85,7 @@ class Svd(FactorizeSettings):
     method: Literal["svd"] = Field(default="svd", description="Name of the method.")
 
 
-class SvdLlm(FactorizeSettings):
+class SvdLlm(FactorizeSettings, DampedSettings):
     """The low-rank weight with the best outputs on the calibration text."""
 
     summary: ClassVar[str] = "Replace a matrix by the product of two thin ones that keeps its outputs best."
@@ -96,21 +96,6 @@ class SvdLlm(FactorizeSettings):
     example: ClassVar[str] = "- factorize: {method: svd-llm, ratio: 0.8}"
 
     method: Literal["svd-llm"] = Field(default="svd-llm", description="Name of the method.")
-    damping: float = Field(
-        default=0.01, gt=0, lt=1, description="Share of the Hessian's mean diagonal that is added to its diagonal."
-    )
-    max_damping: float = Field(
-        default=1.0, gt=0, le=10, description="Last damping that is tried when the Hessian can't be factored."
-    )
-    propagate: Literal["compressed", "original"] = Field(
-        default="compressed", description="Which output of a block is the next block's calibration input."
-    )
-
-    @model_validator(mode="after")
-    def _ladder_goes_up(self) -> Self:
-        if self.max_damping < self.damping:
-            raise ValueError(f"max_damping ({self.max_damping}) must not be less than damping ({self.damping})")
-        return self
 
 
 class Kronecker(FactorizeSettings):

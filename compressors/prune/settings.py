@@ -6,13 +6,12 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modelzip.compressors.quantize.settings import GroupSize
-from modelzip.compressors.settings import MethodSettings
+from modelzip.compressors.settings import CalibratedSettings, DampedSettings, GridSettings
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)] | Literal["2:4", "4:8"]
 
 
-class PruneSettings(MethodSettings):
+class PruneSettings(GridSettings):
     """What all methods share that set single weights to zero."""
 
     whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "propagate"})
@@ -22,26 +21,7 @@ class PruneSettings(MethodSettings):
         default=0.5, description="Share of the weights that become zero, or so many kept of so many in a row: 2:4, 4:8."
     )
     bits: Annotated[int, Field(ge=2, le=8)] | None = Field(
-        default=None, description="Bits of one kept weight; without, kept weights stay floats."
-    )
-    group_size: GroupSize = Field(
-        default=128,
-        description="With bits, columns that share one scale; channel: one scale a row; tensor: one scale a matrix.",
-    )
-    symmetric: bool = Field(
-        default=True,
-        description="With bits, grid symmetric around zero; off, every group also has a zero point.",
-        json_schema_extra={"negative": "asymmetric"},
-    )
-    clip: Literal["none", "mse"] = Field(
-        default="mse",
-        description="With bits, range of the grid; mse: the one with the least squared error, none: from the smallest "
-        "to the largest weight.",
-    )
-    strict_groups: bool = Field(
-        default=False,
-        description="Stop where group_size doesn't divide a matrix's columns; off, the largest group that fits is "
-        "taken and reported.",
+        default=None, description="Bits of one kept weight, on the grid that the other settings name; without, floats."
     )
 
     @property
@@ -90,7 +70,7 @@ class Magnitude(PruneSettings):
         return self
 
 
-class Wanda(PruneSettings):
+class Wanda(PruneSettings, CalibratedSettings):
     """The weights become zero that add least to the outputs by themselves."""
 
     summary: ClassVar[str] = "Set the weights to zero whose size times the size of their input is smallest in a row."
@@ -98,12 +78,9 @@ class Wanda(PruneSettings):
     example: ClassVar[str] = "- prune: {method: wanda, sparsity: 0.5}"
 
     method: Literal["wanda"] = Field(default="wanda", description="Name of the method.")
-    propagate: Literal["compressed", "original"] = Field(
-        default="compressed", description="Which output of a block is the next block's calibration input."
-    )
 
 
-class SparseGpt(PruneSettings):
+class SparseGpt(PruneSettings, DampedSettings):
     """SparseGPT: column by column, what each column loses spread over the columns still to come."""
 
     summary: ClassVar[str] = "Prune column by column and make up for each loss in the columns still to come."
@@ -125,21 +102,6 @@ class SparseGpt(PruneSettings):
     block_size: int = Field(
         default=128, ge=1, description="Columns whose weights are chosen and worked on before the rest is updated."
     )
-    damping: float = Field(
-        default=0.01, gt=0, lt=1, description="Share of the Hessian's mean diagonal that is added to its diagonal."
-    )
-    max_damping: float = Field(
-        default=1.0, gt=0, le=10, description="Last damping that is tried when the Hessian can't be factored."
-    )
-    propagate: Literal["compressed", "original"] = Field(
-        default="compressed", description="Which output of a block is the next block's calibration input."
-    )
-
-    @model_validator(mode="after")
-    def _ladder_goes_up(self) -> Self:
-        if self.max_damping < self.damping:
-            raise ValueError(f"max_damping ({self.max_damping}) must not be less than damping ({self.damping})")
-        return self
 
     @model_validator(mode="after")
     def _blocks_hold_whole_groups(self) -> Self:
