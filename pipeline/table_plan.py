@@ -1,7 +1,8 @@
-"""Embedding tables that a stage rounds beside the linears: which ones, and what they become.
+"""Matrices outside the blocks that a stage rounds beside the linears within: which ones, and what they become.
 
-A table is rounded to nearest on the stage's grid, groups along the hidden size, whatever the stage's method: a look-up
-has no inputs whose Hessian could say more. An output head that is tied to it shares the codes.
+These are embedding tables, and square linears between the blocks and the head, such as an encoder's pooler. They are
+rounded to nearest on the stage's grid, groups along the hidden size, whatever the stage's method: a look-up has no
+inputs whose Hessian could say more. An output head that is tied to a table shares the codes.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ def asks_for_tables(stage: Stage) -> bool:
 def plan_tables(
     stage: Stage, checkpoint: Checkpoint, model: Any, *, names: NameMap, structure: Structure
 ) -> tuple[list[ModulePlan], dict[str, str]]:
-    """The tables outside the blocks that are looked up, and those that stay as they are, with the reason."""
+    """The matrices outside the blocks that are rounded, and those that stay as they are, with the reason."""
     planned: list[ModulePlan] = []
     refused: dict[str, str] = {}
     if not asks_for_tables(stage):
         return planned, refused
     rest, seen = set(structure.rest), set()
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Embedding) or module.num_embeddings < FEWEST_ROWS or f"{path}.weight" not in rest:
+        if f"{path}.weight" not in rest or not (_is_table(module) or _is_inner(module, model)):
             continue
         try:
             table = table_of(path, model, names)
@@ -64,6 +65,17 @@ def plan_tables(
             else:
                 planned.append(plan)
     return planned, refused
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.num_embeddings >= FEWEST_ROWS
+
+
+def _is_inner(module: nn.Module, model: Any) -> bool:
+    """Whether a linear outside the blocks leads from the hidden states to others like them, and so isn't a head."""
+    hidden = getattr(model.config.get_text_config(), "hidden_size", None)
+    is_square = isinstance(module, nn.Linear) and module.in_features == module.out_features == hidden
+    return is_square and module is not model.get_output_embeddings()
 
 
 def _plan(

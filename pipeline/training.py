@@ -35,12 +35,13 @@ from .text import Windows
 from .train.beside import Beside, labels_alone
 from .train.data import Data
 from .train.growing import Growing, span
+from .train.judge import open_teacher
 from .train.lesson import Lesson
 from .train.lessons import lessons_of
 from .train.plan import TrainingPlan, plan_training
 from .train.rhythm import Beat, best_row, kept_row, last_checkpoint
 from .train.rounds import Named, Rounds
-from .train.student import Student, open_student, open_whole, stored
+from .train.student import Student, open_student, stored
 from .train.trainer import Course, Learned, train
 
 __all__ = ["TrainingPlan", "plan_training", "run_training", "training_fingerprint", "training_section"]
@@ -243,7 +244,8 @@ def _teaching(plan: TrainingPlan, student: Student, *, seed: int) -> Callable[[]
     teacher = None
     if plan.teacher is not None and plan.objective.alpha is not None and not _is_cached(plan):
         is_source = plan.teacher is plan.student.origin
-        teacher = open_whole(student.origin if is_source else plan.teacher, attention=_attention(plan))
+        judge = student.origin if is_source else plan.teacher
+        teacher = open_teacher(judge, student.origin, attention=_attention(plan))
 
     def make() -> Lesson:
         model = _trainable(plan, student, seed=seed)

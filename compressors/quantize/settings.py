@@ -22,7 +22,8 @@ class QuantizeSettings(GridSettings):
     )
     embeddings: bool = Field(
         default=False,
-        description="Also round the tables of embeddings, and a head that is tied to one; needs modelzip's layout.",
+        description="Also round what lies outside the blocks: the tables of embeddings, a head that is tied to one, a "
+        "pooler; needs modelzip's layout.",
     )
 
     @property

@@ -133,6 +133,11 @@ def _predicts(model: Any) -> Predicts | None:
     return "masked-token" if type(model).__name__.endswith("ForMaskedLM") else None
 
 
+def reads_whole_texts(model: Any) -> bool:
+    """Whether the model says one thing of a whole text, so that its token ids may mean others than its teacher's."""
+    return _predicts(model) in ("class", "number")
+
+
 def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoint | None, problems: Problems) -> None:
     """One tokenizer for both models, with what the task needs, and texts no longer than the model takes."""
     model = skeleton(shell(student))
@@ -143,7 +148,7 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
     tokenizer = problems.tried(lambda: tokenizer_of(student.origin))
     if tokenizer is None:
         return
-    if _predicts(model) in ("class", "number") and padding_of(tokenizer, model.config) is None:
+    if reads_whole_texts(model) and padding_of(tokenizer, model.config) is None:
         problems.add(
             f"{student.origin.source} has no padding token, without which texts can't be learned in batches: set "
             "pad_token in its tokenizer_config.json."
@@ -155,24 +160,31 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
         )
     if _predicts(model) == "masked-token" and tokenizer.mask_token_id is None:
         problems.add(f"{student.origin.source} has no mask token in its tokenizer, so no tokens can be hidden.")
-    if teacher is not None and is_retokenized(student.origin) and not same_tokens(student.origin, teacher):
+    if teacher is None or teacher is student.origin:
+        return
+    is_changed = is_retokenized(student.origin) and not same_tokens(student.origin, teacher)
+    if is_changed and not reads_whole_texts(model):
         problems.add(
             f"an earlier stage changes the student's tokens, and the teacher {teacher.source} has "
             f"{vocabulary_size(teacher.config)} of them in place of {vocabulary_size(student.origin.config)}: put the "
             "stage vocabulary after this one, or heal with method labels."
         )
-        return
-    if teacher is None or teacher.folder == student.origin.folder:
-        return
-    other = problems.tried(lambda: tokenizer_of(teacher))
-    if other is None:
-        return
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if mine != theirs:
-        token = min(
-            (token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)),
-            key=lambda token: min(one.get(token, 1 << 60) for one in (mine, theirs)),
-        )
+    elif teacher.folder != student.origin.folder:
+        other = problems.tried(lambda: tokenizer_of(teacher))
+        if other is not None:
+            _check_vocabularies(student, teacher, tokenizer.get_vocab(), other.get_vocab(), problems)
+
+
+def _check_vocabularies(
+    student: Student, teacher: Checkpoint, mine: dict[str, int], theirs: dict[str, int], problems: Problems
+) -> None:
+    """A teacher of whole texts must know the student's tokens, one that predicts tokens no others."""
+    if reads_whole_texts(skeleton(shell(student))):
+        strange = mine.keys() - theirs.keys()
+    else:
+        strange = {token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)}
+    if strange:
+        token = min(strange, key=lambda token: min(one.get(token, 1 << 60) for one in (mine, theirs)))
         problems.add(
             f"the teacher {teacher.source} and the student speak of other tokens: {token!r} is "
             f"{theirs.get(token, 'missing')} for the teacher and {mine.get(token, 'missing')} for the student; name a "

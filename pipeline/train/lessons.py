@@ -21,9 +21,10 @@ from ..context import Context
 from ..teachertext import teacher_texts
 from .cached import CachedTeacher, cache_of, fill, missing
 from .data import masking_of, material_of, prompts_of, written_material
+from .judge import open_teacher, translation
 from .material import Material, Padding, padding_of
 from .plan import TrainingPlan
-from .student import Student, open_whole
+from .student import Student
 
 TEXTS: Final = "texts.safetensors"
 """The file in the workspace that holds what the teacher wrote."""
@@ -72,19 +73,22 @@ def lessons_of(plan: TrainingPlan, student: Student, config: Any, *, work: Path,
     first, second = made
     assert first is not None
     if isinstance(plan.settings, Logits) and plan.settings.cache is not None:
-        _hear(plan, plan.settings, [one for one in made if one is not None], context)
+        _hear(plan, plan.settings, student, [one for one in made if one is not None], context=context)
     return Lessons(first, second, tuple(notes))
 
 
-def _hear(plan: TrainingPlan, settings: Logits, materials: list[Material], context: Context) -> None:
+def _hear(
+    plan: TrainingPlan, settings: Logits, student: Student, materials: list[Material], *, context: Context
+) -> None:
     """Give each material what the teacher says of it, which runs only where its cache isn't complete."""
     assert plan.teacher is not None
     teacher: Any = None
+    ids = translation(student.origin, plan.teacher)
     for material in materials:
-        folder = cache_of(settings, plan.teacher, material)
+        folder = cache_of(settings, plan.teacher, material, ids=ids)
         if ranks.is_main() and missing(folder, len(material)):
             if teacher is None:
-                teacher = open_whole(plan.teacher).to(context.device)
+                teacher = open_teacher(plan.teacher, student.origin).to(context.device)
             fill(folder, material, teacher, settings, report=partial(context.progress.step, "teacher"))
         ranks.wait()
         material.teacher = CachedTeacher(folder)

@@ -100,6 +100,7 @@ def plan_training(
     _check_stage(stage, source, problems)
     teacher = _teacher(settings, recipe, source, problems)
     origin = _origin(settings, source, teacher)
+    _check_origin(stage, source, teacher, recipe=recipe, problems=problems)
     data, validation = _data(settings, origin, teacher, problems)
     student = None if origin is None or data is None else student_of(settings, origin, teacher, data, problems)
     objective = None if student is None else objective_of(settings, student, teacher, problems)
@@ -192,6 +193,27 @@ def _teacher(settings: DistillSettings, recipe: Recipe, source: Checkpoint, prob
 def _origin(settings: DistillSettings, source: Checkpoint, teacher: Checkpoint | None) -> Checkpoint | None:
     """Where the student's weights come from."""
     return teacher if is_new(settings) else source
+
+
+def _check_origin(
+    stage: Stage, source: Checkpoint, teacher: Checkpoint | None, *, recipe: Recipe, problems: Problems
+) -> None:
+    """A student that is made of the teacher would throw away what the stage was given."""
+    settings = stage.settings
+    assert isinstance(settings, DistillSettings)
+    if teacher is None or not is_new(settings):
+        return
+    if settings is not recipe.stages[0].settings:
+        instead = "prune before this one, by method layers" if getattr(settings, "layers", None) else "put it first"
+        problems.add(
+            f"its student is made anew of the teacher {teacher.source}, so what the stages before it made would be "
+            f"lost: {instead}."
+        )
+    elif teacher.folder != source.folder:
+        problems.add(
+            f"its student is made of the teacher {teacher.source}, so {source.source} would not be used: give the "
+            "teacher as the model, and leave teacher out."
+        )
 
 
 def _data(

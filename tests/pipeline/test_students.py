@@ -296,7 +296,7 @@ def test_cached_logits_teach_what_the_teacher_teaches_and_it_isnt_opened_again(
     first = distil(teacher, tmp_path / "first", {**stage, "cache": str(tmp_path / "cache")})
     assert first["curve"][0]["loss"] == pytest.approx(plain["curve"][0]["loss"], rel=1e-3)  # measured: 9e-5
     assert first["curve"][-1]["eval_loss"] == pytest.approx(plain["curve"][-1]["eval_loss"], rel=1e-2)
-    monkeypatch.setattr(lessons, "open_whole", None)
+    monkeypatch.setattr(lessons, "open_teacher", None)
     second = distil(teacher, tmp_path / "second", {**stage, "cache": str(tmp_path / "cache")})
     assert second["curve"] == first["curve"]
 

@@ -39,6 +39,7 @@ POSITIONS = {
     "roberta": ["roberta.embeddings.position_embeddings"],
     "gpt2": ["transformer.wpe"],
 }
+INNER = {"bert-classifier": ["bert.pooler.dense"], "roberta": ["lm_head.dense"]}  # square linears in front of the head
 QUANTIZE = {"quantize": {"method": "rtn", "bits": 8, "group_size": 16}}
 
 
@@ -173,22 +174,23 @@ def linears_of(folder: Path, names: list[str]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("kin", "symmetric"), [*((kin, True) for kin in TABLES), ("llama-tied", False)])
 @torch.no_grad()
-def test_rounded_tables_are_the_nearest_points_of_their_groups_grids(
+def test_tables_and_poolers_become_the_nearest_points_of_their_groups_grids(
     kin, symmetric, models, saved, compressed, tmp_path
 ):
     stage = {"method": "rtn", "bits": 8, "group_size": 16, "embeddings": True, "symmetric": symmetric}
     out, report = compressed(saved(kin), {"quantize": {**stage, "ignore": ["re:.*(layers|layer|h)\\..*"]}})
     tables = [TABLES[kin][0], *POSITIONS.get(kin, [])]
+    outside = [*tables, *INNER.get(kin, [])]
     truth = help.opened(saved(kin))
-    dense = {name: rounded(truth.get_submodule(name).weight.detach(), symmetric=symmetric) for name in tables}
+    dense = {name: rounded(truth.get_submodule(name).weight.detach(), symmetric=symmetric) for name in outside}
     model = help.opened(out)
-    for name in tables:
-        assert isinstance(model.get_submodule(name), CompressedEmbedding)
+    for name in outside:
+        assert isinstance(model.get_submodule(name), CompressedEmbedding if name in tables else CompressedLinear)
     found = list(models.outputs(model))
     assert help.distance(found, list(models.outputs(replaced(saved(kin), dense)))) < 1e-6  # measured: 2e-7
     rows = {row["name"]: row for row in report["modules"]}
     stored = Checkpoint.open(str(out)).config["quantization_config"]["modules"].keys()
-    assert len(rows) == len(tables)
+    assert len(rows) == len(outside)
     for row in rows.values():
         assert row["name"] in stored
         assert row["method"] == "rtn"

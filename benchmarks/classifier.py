@@ -1,0 +1,144 @@
+"""The shipped recipes for classifiers on a real data set: accuracy, size and latency of each, beside the teacher.
+
+    python classifier.py ENCODER DATA [--work FOLDER] [NAME ...]
+
+ENCODER: an encoder without a classifier, such as MiniLM. DATA: a folder with SST-2's train.tsv and dev.tsv. The teacher
+is made of the encoder by the recipe fine-tuned; each recipe runs as a whole command in DATA, unless WORK holds its
+result already, then all results are measured against the teacher in turn, with latency. Writes results/classifier.json
+and prints its table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from side_by_side import markdown
+
+HERE = Path(__file__).parent
+TEACHER = "fine-tuned"
+FROM_ENCODER = (TEACHER, "lottery-60")
+RECIPES = (
+    TEACHER,
+    "heads-30",
+    "layers-healed",
+    "half-depth",
+    "bilstm",
+    "fastbert",
+    "svd-50-healed",
+    "lottery-60",
+    "smallest-classifier",
+)
+LIBRARIES = ("modelzip", "torch", "transformers")
+
+
+def run(name: str, *, model: Path, data: Path, output: Path) -> list[str]:
+    """Run a shipped recipe to its end, going on where it was interrupted; its command."""
+    command = [str(Path(sys.executable).with_name("modelzip")), "run", name, str(model), "-o", str(output), "--resume"]
+    if not output.is_dir():
+        print(f"run: {name}", file=sys.stderr, flush=True)
+        subprocess.run(command, check=True, cwd=data, stdout=subprocess.DEVNULL)
+    return ["modelzip", "run", name, "ENCODER" if name in FROM_ENCODER else TEACHER, "-o", name]
+
+
+def measure(output: Path, *, teacher: Path, data: Path) -> dict[str, Any]:
+    """What `modelzip evaluate --latency` says of a result beside the teacher, through each exit if there are any."""
+    print(f"measure: {output.name}", file=sys.stderr, flush=True)
+    exits = thresholds(output)
+    options = ["--against", str(teacher), "--data", "dev.tsv", "--latency", "--json"]
+    options += ["--exit-threshold", ",".join(map(str, exits))] if exits else []
+    program = str(Path(sys.executable).with_name("modelzip"))
+    done = subprocess.run([program, "evaluate", str(output), *options], check=True, cwd=data, stdout=subprocess.PIPE)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def thresholds(output: Path) -> list[float]:
+    """At which uncertainties the recipe lets texts leave early."""
+    found: list[float] = report_of(output)["recipe"]["evaluate"].get("exit_threshold", [])
+    return found
+
+
+def report_of(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    return found
+
+
+def result(name: str, *, command: list[str], work: Path, data: Path) -> dict[str, Any]:
+    """One recipe's figures: of its own report, and of a measurement beside the teacher."""
+    report = report_of(work / name)
+    teacher = work / TEACHER
+    measured = measure(work / name, teacher=teacher, data=data)
+    return {
+        "command": shlex.join(command),
+        "seconds": report["time"]["total_s"],
+        "peak_memory_mb": report["peak_memory_mb"],
+        "bytes": report["size"]["bytes_after"],
+        "stages": [
+            {key: stage.get(key) for key in ("kind", "method", "bytes_after", "seconds", "training", "evaluation")}
+            for stage in report["stages"]
+        ],
+        "evaluation": {
+            key: measured["evaluation"].get(key) for key in ("accuracy", "kl", "top1_agreement", "latency", "exits")
+        },
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    whole = results[TEACHER]["bytes"]
+    rows = []
+    for name, one in results.items():
+        accuracy, latency = one["evaluation"]["accuracy"], one["evaluation"]["latency"]
+        interval = f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"
+        faster = f"{latency['original_ms'] / latency['compressed_ms']:.2f}" if latency else ""
+        sizes = (round(one["bytes"] / 1e6, 2), f"{100 * one['bytes'] / whole:.1f}")
+        rows.append((name, f"{100 * accuracy['compressed']:.2f}", interval, *sizes, faster, round(one["seconds"])))
+    header = ("", "accuracy %", "95 % interval", "MB", "% of bytes", "times as fast", "seconds to make")
+    return markdown(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("encoder", type=Path)
+    parser.add_argument("data", type=Path, help="folder with train.tsv and dev.tsv")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"recipes among {', '.join(RECIPES)}; all without one")
+    parser.add_argument("--work", type=Path, default=Path("classifier-work"), help="where results are kept")
+    parser.add_argument("--no-measure", action="store_true", help="only run the recipes")
+    options = parser.parse_args()
+    work, data = options.work.resolve(), options.data.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    chosen = [name for name in RECIPES if name == TEACHER or name in (options.names or RECIPES)]
+    commands = {
+        name: run(
+            name,
+            model=options.encoder.resolve() if name in FROM_ENCODER else work / TEACHER,
+            data=data,
+            output=work / name,
+        )
+        for name in chosen
+    }
+    if options.no_measure:
+        return
+    results = {name: result(name, command=commands[name], work=work, data=data) for name in chosen}
+    files = {file: hashlib.sha256((data / file).read_bytes()).hexdigest() for file in ("train.tsv", "dev.tsv")}
+    found = {
+        "encoder": options.encoder.resolve().name,
+        "data_sha256": files,
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "results": results,
+    }
+    (HERE / "results").mkdir(exist_ok=True)
+    target = HERE / "results" / "classifier.json"
+    target.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
