@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .dense import Dense
 from .kinds import from_tensors
 from .low_rank import LowRank
-from .module import shadow
+from .module import CompressedModule, shadow
 from .sparse import Sparse
 from .value import CompressedWeight
 
@@ -86,6 +86,16 @@ def trainable(weight: CompressedWeight, bias: Tensor | None = None, *, dtype: to
     if isinstance(weight, Dense):
         return TrainableDense(weight, bias, dtype=dtype)
     return TrainableLinear(weight, bias, dtype=dtype)
+
+
+def unfreeze(module: CompressedModule) -> None:
+    """Make the floating tensors of a compressed table parameters, under their own names."""
+    own = {name for name in module.weight_value.tensors() if name in module._buffers}
+    for name in own:
+        tensor = module._buffers[name]
+        if tensor is not None and tensor.is_floating_point():
+            del module._buffers[name]
+            module.register_parameter(name, nn.Parameter(tensor))
 
 
 def holds_codes(weight: CompressedWeight) -> bool:

@@ -70,14 +70,16 @@ def fill(
     folder.mkdir(parents=True, exist_ok=True)
     for begin in missing(folder, len(material)):
         end = min(begin + EXAMPLES, len(material))
+        order = sorted(range(begin, end), key=lambda place: material.lengths[place])  # so that little is padded
         kept: list[dict[str, Tensor]] = []
-        for first in range(begin, end, settings.train_batch_size):
-            batch = material.batch(range(first, min(first + settings.train_batch_size, end)))
+        for first in range(0, len(order), settings.train_batch_size):
+            batch = material.batch(order[first : first + settings.train_batch_size])
             batch.pop("labels", None)
             logits = teacher(**{name: tensor.to(teacher.device) for name, tensor in batch.items()}).logits
             items = logits[:, None] if logits.ndim == 2 else logits
             kept.append(top_logits(items, k=top_k(settings), temperature=settings.temperature).tensors())
-        whole = {name: torch.cat([one[name].cpu() for one in kept]).contiguous() for name in PARTS}
+        back = torch.tensor(order).argsort()
+        whole = {name: torch.cat([one[name].cpu() for one in kept])[back].contiguous() for name in PARTS}
         file = _file(folder, begin)
         draft = file.with_suffix(f".{os.getpid()}.partial")
         write_file(draft, save(whole))

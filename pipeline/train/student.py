@@ -21,10 +21,11 @@ from modelzip.checkpoints.headers import TensorInfo
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.weights.dense import Dense
+from modelzip.weights.embedding import CompressedEmbedding
 from modelzip.weights.kinds import empty
 from modelzip.weights.layouts import MODELZIP, quantization_config
 from modelzip.weights.linear import CompressedLinear
-from modelzip.weights.trainable import holds_codes, trainable
+from modelzip.weights.trainable import holds_codes, trainable, unfreeze
 from modelzip.weights.value import CompressedWeight
 
 from ..layer_plan import weights_now
@@ -238,6 +239,8 @@ def open_student(student: Student, *, seed: int, attention: str | None = None) -
     for name, module in list(made.named_modules()):
         if isinstance(module, CompressedLinear):
             made.set_submodule(name, trainable(module.weight_value, module.bias))
+        elif isinstance(module, CompressedEmbedding):
+            unfreeze(module)
     for parameter in made.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return made.train()
