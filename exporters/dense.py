@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from modelzip.checkpoints.errors import CheckpointError, OutputError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.target import partial_of
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.weights.layouts import decoder
+from modelzip.weights.layouts import MODELZIP, decoder
 from modelzip.weights.plugin import located
 
 from .places import Place, compressed_places, shared_places
@@ -118,6 +118,8 @@ def _decoded(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entr
         ) from None
     plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     model = skeleton(replace(checkpoint, config=plain))  # the model that will be opened: all sizes are config.json's
+    if misfit := _misfit(config, model):
+        raise CheckpointError(f"{checkpoint.source}: {misfit}")
     wanted = dtype or _own_dtype(checkpoint)
     for place in compressed_places(checkpoint, model):
         path = located(model, place.module)
@@ -127,11 +129,6 @@ def _decoded(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entr
             tensors = checkpoint.read(place.parts.values())
             weight = decode(place.module, {suffix: tensors[source] for suffix, source in place.parts.items()})
             dense = weight.dense(wanted).T if isinstance(layer, Conv1D) else weight.dense(wanted)
-            if layer is not None and dense.shape != layer.get_parameter("weight").shape:
-                raise CheckpointError(
-                    f"{checkpoint.source}: {place.module} is {list(weight.shape)}, which isn't what config.json asks "
-                    "for, so no plain checkpoint can hold it: keep it in modelzip's own layout."
-                )
             return _finite(dense.contiguous(), place.name)
 
         count = 0 if layer is None else layer.get_parameter("weight").numel()
@@ -141,6 +138,29 @@ def _decoded(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entr
         kept = dtype if dtype is not None and info.dtype in CAST else DTYPES[info.dtype]
         nbytes = math.prod(info.shape) * kept.itemsize
         yield Entry(name, nbytes, (), lambda source=source, kept=kept: _cast(checkpoint, source, kept))  # type: ignore[misc]
+
+
+def refusal(checkpoint: Checkpoint) -> str | None:
+    """Why no plain checkpoint can hold this one, as far as headers and config tell, or None."""
+    config = checkpoint.quantization
+    if config is None:
+        return None
+    plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    return _misfit(config, skeleton(replace(checkpoint, config=plain)))
+
+
+def _misfit(config: Mapping[str, Any], model: nn.Module) -> str | None:
+    """A sentence about the first module of modelzip's own layout that has another size than config.json's."""
+    for module, meta in config["modules"].items() if config.get("quant_method") == MODELZIP else ():
+        path = located(model, module)
+        layer = None if path is None else model.get_submodule(path)
+        shape = None if layer is None else list(layer.get_parameter("weight").shape)
+        if shape is not None and (shape[::-1] if isinstance(layer, Conv1D) else shape) != list(meta["shape"]):
+            return (
+                f"{module} is {meta['shape']}, which isn't what config.json asks for, so no plain checkpoint can hold "
+                "it: keep it in modelzip's own layout."
+            )
+    return None
 
 
 def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -12,9 +13,18 @@ import torch
 from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
 
-from .dense import export_dense
+from . import dense
 
-FORMATS: Final[Mapping[str, Callable[..., Path]]] = MappingProxyType({"dense": export_dense})
+
+@dataclass(frozen=True)
+class Format:
+    """write: a checkpoint into a folder. refusal: why it can't be written so, from headers alone, or None."""
+
+    write: Callable[..., Path]
+    refusal: Callable[[Checkpoint], str | None]
+
+
+FORMATS: Final[Mapping[str, Format]] = MappingProxyType({"dense": Format(dense.export_dense, dense.refusal)})
 
 
 def export(
@@ -34,4 +44,4 @@ def export(
     if format not in FORMATS:
         raise RecipeError(f"There is no format {format}: take {' or '.join(FORMATS)}.")
     number = None if dtype == "auto" else getattr(torch, dtype)
-    return FORMATS[format](checkpoint, output, dtype=number, overwrite=overwrite, report=report)
+    return FORMATS[format].write(checkpoint, output, dtype=number, overwrite=overwrite, report=report)

@@ -7,7 +7,7 @@ from pathlib import Path
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.target import check_target, partial_of
-from modelzip.exporters.formats import export
+from modelzip.exporters.formats import FORMATS, export
 from modelzip.recipes.naming import export_output
 from modelzip.recipes.schema import Export, Recipe
 
@@ -15,8 +15,16 @@ from .identity import read_provenance
 from .progress import Progress
 
 
-def check_exports(recipe: Recipe, output: Path, fingerprint: str, *, overwrite: bool, resume: bool) -> None:
-    """Raise an error, before any work is done, if an export may not be written to its folder."""
+def check_exports(
+    recipe: Recipe, planned: Checkpoint, output: Path, *, fingerprint: str, overwrite: bool, resume: bool
+) -> None:
+    """Raise an error, before any work is done, if an export may not be written to its folder, or can't hold the result.
+
+    planned: the headers that the last stage will leave.
+    """
+    refusals = (FORMATS[one.format].refusal(planned) for one in recipe.export)
+    if problems := [f"export: {refusal}" for refusal in refusals if refusal is not None]:
+        raise ProblemsError(problems)
     folders = [_folder(one, output) for one in recipe.export]
     twice = {str(folder) for folder in folders if folders.count(folder) > 1 or folder == output}
     if twice:

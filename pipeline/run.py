@@ -80,7 +80,8 @@ def run_recipe(
     checkpoint = _open(recipe)
     plans = _plans(recipe, checkpoint, output=output)
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
-    check_exports(recipe, output, context.fingerprint, overwrite=overwrite, resume=resume)
+    fingerprint = context.fingerprint
+    check_exports(recipe, plans[-1].result, output, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
     run = Run(context, checkpoint, plans, output, started)
     model = open_running(checkpoint, recipe.dtype, device).model
     check_measures(gates, plans[-1].result, labelled=run.by_labels, latency=recipe.evaluate.latency)

@@ -37,11 +37,12 @@ from .train.data import Data
 from .train.growing import Growing, span
 from .train.judge import open_teacher
 from .train.lesson import Lesson
-from .train.lessons import lessons_of
+from .train.lessons import Lessons, lessons_of
+from .train.opening import open_student
 from .train.plan import TrainingPlan, plan_training
 from .train.rhythm import Beat, best_row, kept_row, last_checkpoint
 from .train.rounds import Named, Rounds
-from .train.student import Student, open_student, stored
+from .train.student import Student, stored
 from .train.trainer import Course, Learned, train
 
 __all__ = ["TrainingPlan", "plan_training", "run_training", "training_fingerprint", "training_section"]
@@ -174,25 +175,7 @@ def _learned(
         learned, runs = Rounds(settings, matrices, rewind, seed, work=work, make=make, trial=trial).train()
     else:
         learned = trial(lesson, work, schedules=_schedules(settings, lesson, steps))
-    record: dict[str, Any] = {
-        "method": settings.method,
-        "task": plan.objective.predicts,
-        "teacher": None if plan.teacher is None else plan.teacher.source,
-        "data": _described(plan.data, len(lessons.material)),
-        "validation": None
-        if plan.validation is None or lessons.measured is None
-        else _described(plan.validation, len(lessons.measured)),
-        "steps": learned.steps,
-        "planned_steps": steps,
-        "processes": ranks.count(),
-        "keep": settings.kept,
-        "settled": course.beat.settled,
-        "kept_step": learned.kept,
-        "stopped_early": learned.stopped_early,
-        "curve": learned.curve,
-        "runs": runs,
-        "notes": list(lessons.notes),
-    }
+    record = _record(plan, learned, course, lessons) | {"runs": runs}
     if isinstance(settings, Logits | BiLstm) and settings.baseline:
         shared = Beside(course, lessons.material, lessons.measured, work)
         voice = ranks.voice(context.progress)
@@ -201,6 +184,27 @@ def _learned(
             shared, lambda: _trainable(plan, student, seed=seed), plan.objective, seed=seed, progress=voice
         )
     return learned, record
+
+
+def _record(plan: TrainingPlan, learned: Learned, course: Course, lessons: Lessons) -> dict[str, Any]:
+    """How the training went, as plain data."""
+    measured, validation = lessons.measured, plan.validation
+    return {
+        "method": plan.settings.method,
+        "task": plan.objective.predicts,
+        "teacher": None if plan.teacher is None else plan.teacher.source,
+        "data": _described(plan.data, len(lessons.material)),
+        "validation": None if validation is None or measured is None else _described(validation, len(measured)),
+        "steps": learned.steps,
+        "planned_steps": course.steps,
+        "processes": ranks.count(),
+        "keep": plan.settings.kept,
+        "settled": course.beat.settled,
+        "kept_step": learned.kept,
+        "stopped_early": learned.stopped_early,
+        "curve": learned.curve,
+        "notes": list(lessons.notes),
+    }
 
 
 def _beat(plan: TrainingPlan, steps: int, examples: int, *, measures: bool) -> Beat:

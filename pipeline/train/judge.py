@@ -11,7 +11,7 @@ from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 
 from ..calibrate import tokenizer_of
-from .student import open_whole
+from .opening import open_whole
 
 
 class Translated(nn.Module):

@@ -73,6 +73,18 @@ def test_a_folder_that_is_taken_is_refused_before_the_run(recipe: Callable[..., 
         run_recipe(recipe({"format": "dense", "output": str(tmp_path / "x")}), output=tmp_path / "x", progress=Told())
 
 
+def test_what_no_plain_checkpoint_can_hold_is_refused_before_the_run(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """BERT's config.json can't say that fewer heads of the same size are left."""
+    stage = {"prune": {"method": "heads", "share": 0.5}}
+    data = {"model": str(saved("bert-classifier")), "stages": [stage], "evaluate": {"enabled": False}}
+    data |= {"calibration": {"samples": 2, "seq_len": 8}, "export": [{"format": "dense"}]}
+    with pytest.raises(ProblemsError, match=r"query is \[16, 32\], which isn't what config.json asks for"):
+        run_recipe(parse_recipe(data, "test"), output=tmp_path / "out", progress=Told())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_export_is_read_strictly_and_written_back(recipe: Callable[..., Any]) -> None:
     with pytest.raises(ProblemsError) as found:
         recipe({"format": "gguf"}, {"formt": "dense"}, "dense")

@@ -23,7 +23,7 @@ from modelzip.pipeline.identity import fingerprint_of
 from modelzip.pipeline.measure import reopen
 from modelzip.pipeline.run import evaluate_models
 from modelzip.pipeline.teachertext import teacher_texts
-from modelzip.pipeline.train import lessons, student
+from modelzip.pipeline.train import lessons, opening
 from modelzip.pipeline.training import plan_training, run_training, training_section
 from modelzip.recipes.load import parse_recipe
 from modelzip.recipes.schema import Evaluation
@@ -266,7 +266,7 @@ def test_a_student_of_sequences_learns_what_follows_the_prompts_alone(
     stage = {"method": "sequence", "texts": 16, "text_length": 12, "prompt_length": 4, "data": str(text_file)}
     stage |= {"train_batch_size": 16, "max_steps": 1, "learning_rate": 1e-9, "sampling_temperature": 0.5}
     record = distil(speaking("llama"), tmp_path / "out", stage)
-    model = student.open_whole(Checkpoint.open(str(tmp_path / "out")))
+    model = opening.open_whole(Checkpoint.open(str(tmp_path / "out")))
     (texts,) = written
     logs = model(texts).logits.log_softmax(-1)[:, 3:-1]
     wanted = -logs.gather(-1, texts[:, 4:, None]).mean()
