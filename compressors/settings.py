@@ -51,6 +51,7 @@ class MethodSettings(BaseModel):
 class GridSettings(MethodSettings):
     """The affine grid that values are rounded to, where they are."""
 
+    bits: Annotated[int, Field(ge=2, le=8)] | None = Field(default=None, description="Bits of one stored weight.")
     group_size: GroupSize = Field(
         default=128,
         description="Columns that share one scale; channel: one scale a row; tensor: one scale a matrix.",

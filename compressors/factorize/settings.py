@@ -85,7 +85,7 @@ class Svd(FactorizeSettings):
     method: Literal["svd"] = Field(default="svd", description="Name of the method.")
 
 
-class SvdLlm(FactorizeSettings, DampedSettings):
+class SvdLlm(DampedSettings, FactorizeSettings):
     """The low-rank weight with the best outputs on the calibration text."""
 
     summary: ClassVar[str] = "Replace a matrix by the product of two thin ones that keeps its outputs best."

@@ -6,20 +6,25 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modelzip.compressors.settings import CalibratedSettings, DampedSettings, GridSettings
+from modelzip.compressors.settings import CalibratedSettings, DampedSettings, GridSettings, MethodSettings
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)] | Literal["2:4", "4:8"]
 
 
-class PruneSettings(GridSettings):
+class SparsitySettings(MethodSettings):
+    """How many single weights become zero."""
+
+    sparsity: Sparsity = Field(
+        default=0.5, description="Share of the weights that become zero, or so many kept of so many in a row: 2:4, 4:8."
+    )
+
+
+class PruneSettings(GridSettings, SparsitySettings):
     """What all methods share that set single weights to zero."""
 
     whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "propagate"})
 
     method: str = Field(description="Name of the method.")
-    sparsity: Sparsity = Field(
-        default=0.5, description="Share of the weights that become zero, or so many kept of so many in a row: 2:4, 4:8."
-    )
     bits: Annotated[int, Field(ge=2, le=8)] | None = Field(
         default=None, description="Bits of one kept weight, on the grid that the other settings name; without, floats."
     )
@@ -70,7 +75,7 @@ class Magnitude(PruneSettings):
         return self
 
 
-class Wanda(PruneSettings, CalibratedSettings):
+class Wanda(CalibratedSettings, PruneSettings):
     """The weights become zero that add least to the outputs by themselves."""
 
     summary: ClassVar[str] = "Set the weights to zero whose size times the size of their input is smallest in a row."
@@ -80,7 +85,7 @@ class Wanda(PruneSettings, CalibratedSettings):
     method: Literal["wanda"] = Field(default="wanda", description="Name of the method.")
 
 
-class SparseGpt(PruneSettings, DampedSettings):
+class SparseGpt(DampedSettings, PruneSettings):
     """SparseGPT: column by column, what each column loses spread over the columns still to come."""
 
     summary: ClassVar[str] = "Prune column by column and make up for each loss in the columns still to come."

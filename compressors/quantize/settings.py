@@ -42,7 +42,7 @@ class Rtn(QuantizeSettings):
     method: Literal["rtn"] = Field(default="rtn", description="Name of the method.")
 
 
-class Gptq(QuantizeSettings, DampedSettings):
+class Gptq(DampedSettings, QuantizeSettings):
     """GPTQ: column by column, each column's error spread over the columns still to come."""
 
     summary: ClassVar[str] = "Round column by column and make up for each error in the columns still to come."

@@ -30,7 +30,7 @@ from modelzip.recipes.schema import STAGES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-REPRESENTATIVE = frozenset({"README.md", "quantize.md", "distill.md", "run.md"})
+REPRESENTATIVE = frozenset({"README.md", "run.md", "distill.md"})
 BLOCK = re.compile(r"^```(?P<language>\w*) *(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 VERBS = (*STAGES, "run", "evaluate", "export", "methods", "recipe check", "recipe show", "recipe schema")
 NOT_OURS = {"--strict", "--cpu"}  # options of other programs that the pages name

@@ -100,7 +100,7 @@ def test_a_fine_tuned_pruned_healed_quantized_classifier_is_exported_dense(place
     report = go(place.recipe(*stages, export=[{"format": "dense"}]), tmp_path / "out")
     assert [stage["method"] for stage in report["stages"]] == ["labels", "magnitude-40", "logits", "gptq-4bit"]
     accuracies = [stage["evaluation"]["accuracy"]["compressed"] for stage in report["stages"]]
-    assert min(accuracies) >= 0.9  # measured:
+    assert min(accuracies) >= 0.9
     sizes = [stage["bytes_after"] for stage in report["stages"]]
     assert sizes[0] > sizes[1] == sizes[2] > sizes[3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-dense", "teacher"]
