@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.tokenizer_files import SENTENCEPIECE
@@ -18,6 +19,8 @@ from modelzip.weights.exits import ExitsForSequenceClassification
 from .progress import Progress
 from .selftext import self_windows
 from .text import Windows, read_windows
+
+Section = TypeVar("Section", Calibration, Evaluation)
 
 SELF_HELD_BACK = 8
 """Windows that a model writes for its own evaluation, at most: they take minutes."""
@@ -105,6 +108,17 @@ def calibration_windows(
     )
     used, kept = every.split(samples, rest=f"{calibration.source}, held back from calibration")
     return used if needed else None, kept
+
+
+def shortened(section: Section, checkpoint: Checkpoint) -> Section:
+    """A recipe's section with windows no longer than the model takes, where nobody said how long they are to be."""
+    if "seq_len" in section.model_fields_set:
+        return section
+    try:
+        limit = longest(skeleton(checkpoint))
+    except CheckpointError:  # which the plan tells, with all other mistakes
+        return section
+    return section if section.seq_len <= limit else section.model_copy(update={"seq_len": limit})
 
 
 def evaluation_windows(evaluation: Evaluation, checkpoint: Checkpoint, model: Any) -> Windows:

@@ -19,7 +19,7 @@ from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Evaluation, Recipe
 
 from . import ranks
-from .calibrate import calibration_windows, evaluation_windows
+from .calibrate import calibration_windows, evaluation_windows, shortened
 from .chain import StageDone, finished_chain, measured, run_chain
 from .checks import (
     check_comparable,
@@ -56,7 +56,8 @@ class Result:
 
 def plan_recipe(recipe: Recipe, *, output: Path) -> list[Plan]:
     """The plan of every stage, from headers alone. Raises what `make_plans` raises."""
-    return _plans(recipe, _open(recipe), output=output)
+    checkpoint = _open(recipe)
+    return _plans(_shortened(recipe, checkpoint), checkpoint, output=output)
 
 
 def run_recipe(
@@ -78,6 +79,7 @@ def run_recipe(
             check_target(output, overwrite=overwrite)  # as for all models later, but to open this one takes a while
         progress.say(f"reading {recipe.model}: the first time, it is turned into safetensors in the cache")
     checkpoint = _open(recipe)
+    recipe = _shortened(recipe, checkpoint)
     plans = _plans(recipe, checkpoint, output=output)
     context = Context(recipe, device, fingerprint_of(recipe, checkpoint), Clock(), progress)
     fingerprint = context.fingerprint
@@ -196,6 +198,12 @@ def _open(recipe: Recipe) -> Checkpoint:
     return Checkpoint.open(recipe.model, revision=recipe.revision)
 
 
+def _shortened(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe for a model that takes fewer tokens than windows have by default."""
+    sections = {"calibration": recipe.calibration, "evaluate": recipe.evaluate}
+    return recipe.model_copy(update={name: shortened(one, checkpoint) for name, one in sections.items()})
+
+
 def _plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan]:
     """The plan of every stage, and data files that can be read. Raises what `make_plans` raises, CalibrationError."""
     try:
@@ -239,6 +247,7 @@ def evaluate_models(
     check_kernels(where)
     checkpoint = Checkpoint.open(model, revision=revision if against is None else None)
     original = None if against is None else Checkpoint.open(against, revision=revision)
+    evaluation = shortened(evaluation, checkpoint)
     check_evaluation(evaluation, classifier=is_classifier(checkpoint.config))
     labelled = by_labels(evaluation, checkpoint.config)
     check_exits(evaluation, checkpoint.config, labelled=labelled)

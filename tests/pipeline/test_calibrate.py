@@ -21,8 +21,9 @@ from modelzip.checkpoints.errors import CalibrationError, ModelzipError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.pipeline import selftext
 from modelzip.pipeline.calibrate import calibration_windows
-from modelzip.pipeline.run import plan_recipe
+from modelzip.pipeline.run import plan_recipe, run_recipe
 from modelzip.pipeline.text import read_windows
+from modelzip.recipes.load import parse_recipe
 from modelzip.recipes.schema import Calibration
 
 
@@ -326,6 +327,14 @@ def test_text_that_is_too_short_says_how_much_there_is_and_how_much_was_asked_fo
 def test_windows_longer_than_the_model_takes_are_refused(saved, compress, tmp_path):
     with pytest.raises(CalibrationError, match=r"^--seq-len is 65, but the model takes at most 64 tokens\.$"):
         compress(saved("llama"), tmp_path / "out", {"method": "gptq"}, calibration={"seq_len": 65})
+
+
+def test_windows_of_no_stated_length_are_as_long_as_a_short_model_takes(saved, here, progress, tmp_path):
+    stages = [{"quantize": {"method": "gptq", "group_size": 16}}]
+    data = {"model": str(saved("llama")), "stages": stages, "calibration": {"samples": 2}, "evaluate": {"windows": 1}}
+    report = here(lambda: run_recipe(parse_recipe(data, "test"), output=tmp_path / "out", progress=progress)).report
+    assert report["calibration"]["seq_len"] == 64
+    assert report["evaluation"]["protocol"]["seq_len"] == 64
 
 
 def test_a_model_without_a_tokenizer_can_calibrate_on_its_own_text_only(saved, compress, prose, tmp_path):
