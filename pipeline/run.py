@@ -200,8 +200,8 @@ def _open(recipe: Recipe) -> Checkpoint:
 
 def _shortened(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
     """The recipe for a model that takes fewer tokens than windows have by default."""
-    sections = {"calibration": recipe.calibration, "evaluate": recipe.evaluate}
-    return recipe.model_copy(update={name: shortened(one, checkpoint) for name, one in sections.items()})
+    calibration, evaluation = shortened(recipe.calibration, checkpoint), shortened(recipe.evaluate, checkpoint)
+    return recipe.model_copy(update={"calibration": calibration, "evaluate": evaluation})
 
 
 def _plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan]:
