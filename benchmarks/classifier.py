@@ -49,10 +49,11 @@ def run(name: str, *, model: Path, data: Path, output: Path) -> list[str]:
 
 
 def measure(output: Path, *, teacher: Path, data: Path) -> dict[str, Any]:
-    """What `modelzip evaluate --latency` says of a result beside the teacher, through each exit if there are any."""
+    """What `modelzip evaluate` says of a result beside the teacher, latency too, through each exit if it has any."""
     print(f"measure: {output.name}", file=sys.stderr, flush=True)
     exits = thresholds(output)
-    options = ["--against", str(teacher), "--data", "dev.tsv", "--latency", "--json"]
+    options = ["--data", "dev.tsv", "--json"]
+    options += ["--against", str(teacher), "--latency"] if output != teacher else []
     options += ["--exit-threshold", ",".join(map(str, exits))] if exits else []
     program = str(Path(sys.executable).with_name("modelzip"))
     done = subprocess.run([program, "evaluate", str(output), *options], check=True, cwd=data, stdout=subprocess.PIPE)
@@ -82,7 +83,7 @@ def result(name: str, *, command: list[str], work: Path, data: Path) -> dict[str
         "peak_memory_mb": report["peak_memory_mb"],
         "bytes": report["size"]["bytes_after"],
         "stages": [
-            {key: stage.get(key) for key in ("kind", "method", "bytes_after", "seconds", "training", "evaluation")}
+            {key: stage.get(key) for key in ("kind", "method", "bytes_after", "seconds", "details", "evaluation")}
             for stage in report["stages"]
         ],
         "evaluation": {
@@ -95,13 +96,27 @@ def table(results: dict[str, Any]) -> str:
     whole = results[TEACHER]["bytes"]
     rows = []
     for name, one in results.items():
-        accuracy, latency = one["evaluation"]["accuracy"], one["evaluation"]["latency"]
-        interval = f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"
-        faster = f"{latency['original_ms'] / latency['compressed_ms']:.2f}" if latency else ""
+        accuracy, latency = one["evaluation"]["accuracy"], one["evaluation"]["latency"] or {}
+        faster = [f"{latency[way]['speedup']:.2f}" if way in latency else "" for way in ("single", "batched")]
         sizes = (round(one["bytes"] / 1e6, 2), f"{100 * one['bytes'] / whole:.1f}")
-        rows.append((name, f"{100 * accuracy['compressed']:.2f}", interval, *sizes, faster, round(one["seconds"])))
-    header = ("", "accuracy %", "95 % interval", "MB", "% of bytes", "times as fast", "seconds to make")
+        rows.append((name, *shown(accuracy["compressed"], accuracy["low"], accuracy["high"]), *sizes, *faster))
+    header = ("", "accuracy %", "95 % interval", "MB", "% of bytes", "times as fast", "in batches")
     return markdown(header, rows)
+
+
+def exits_table(results: dict[str, Any]) -> str:
+    rows = []
+    for name, one in results.items():
+        for row in one["evaluation"]["exits"] or ():
+            faster = [f"{row['latency'][way]['speedup']:.2f}" for way in ("single", "batched")]
+            accuracy = shown(row["accuracy"], row["low"], row["high"])
+            rows.append((name, row["threshold"], *accuracy, f"{row['layers']:.2f}", *faster))
+    header = ("", "threshold", "accuracy %", "95 % interval", "layers", "times as fast", "in batches")
+    return markdown(header, rows)
+
+
+def shown(share: float, low: float, high: float) -> tuple[str, str]:
+    return f"{100 * share:.2f}", f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def main() -> None:
@@ -137,7 +152,7 @@ def main() -> None:
     (HERE / "results").mkdir(exist_ok=True)
     target = HERE / "results" / "classifier.json"
     target.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(table(results))
+    print(table(results), exits_table(results), sep="\n\n")
 
 
 if __name__ == "__main__":
