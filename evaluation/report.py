@@ -152,13 +152,14 @@ def _stages(stages: Sequence[StageResult]) -> str:
 
 def _cost(report: Report) -> str:
     memory = "" if report.peak_memory_mb is None else f" and {report.peak_memory_mb:,.0f} MB of memory at the peak"
-    where = f"{report.environment.device}, {report.environment.threads} threads"
+    threads = report.environment.threads
+    where = f"{report.environment.device}, {threads} {'thread' if threads == 1 else 'threads'}"
     lines = [f"Took {report.time.total_s:,.1f} s{memory} ({where})."]
     if report.verification:
-        lines.append(
-            f"Reopened in a new process: logits within {_number(report.verification.max_logit_difference, '.2e')} "
-            f"of the model in memory over {report.verification.tokens:,} tokens."
-        )
+        difference = report.verification.max_logit_difference
+        away = "equal to those" if difference == 0 else f"within {_number(difference, '.2e')} of those"
+        tokens = f"{report.verification.tokens:,} tokens"
+        lines.append(f"Reopened in a new process: logits {away} of the model in memory over {tokens}.")
     return " ".join(lines)
 
 
