@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +16,11 @@ import modelzip.weights  # noqa: F401  # teaches transformers our own models
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.evaluation.report import report_markdown, validate
-from modelzip.pipeline.clock import Clock
-from modelzip.pipeline.context import Context
-from modelzip.pipeline.identity import fingerprint_of
 from modelzip.pipeline.measure import reopen
 from modelzip.pipeline.run import evaluate_models
 from modelzip.pipeline.teachertext import teacher_texts
 from modelzip.pipeline.train import lessons, opening
-from modelzip.pipeline.training import plan_training, run_training, training_section
+from modelzip.pipeline.training import training_section
 from modelzip.recipes.load import parse_recipe
 from modelzip.recipes.schema import Evaluation
 
@@ -63,29 +59,9 @@ class Fatal:
 
 
 @pytest.fixture(scope="module")
-def distil(progress) -> Callable[..., dict[str, Any]]:
+def distil(train_stage) -> Callable[..., dict[str, Any]]:
     """distil(model, output, stage, ...) -> the record; what was written is as it was planned."""
-
-    def run(model: Path, output: Path, stage: dict[str, Any], *, progress: Any = progress, **more: Any) -> Any:
-        recipe = parse_recipe({"model": str(model), "stages": [{"distill": stage}]}, "test")
-        source = Checkpoint.open(str(model))
-        plan = plan_training(recipe.stages[0], source, recipe=recipe, output=output)
-        context = Context(recipe, CPU, fingerprint_of(recipe, source), Clock(), progress)
-        record = run_training(
-            plan,
-            source,
-            target=output,
-            describe=lambda found: json.dumps(found, sort_keys=True).encode(),
-            context=context,
-            **{"overwrite": False, "resume": False, **more},
-        )
-        written = Checkpoint.open(str(output))
-        assert {name: (one.dtype, one.shape) for name, one in written.tensors.items()} == {
-            name: (one.dtype, one.shape) for name, one in plan.result.tensors.items()
-        }
-        return record
-
-    return run
+    return lambda model, output, stage, **options: train_stage(model, output, "distill", stage, **options)
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from modelzip.checkpoints.errors import OutputError, ProblemsError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.pipeline.clock import Clock
-from modelzip.pipeline.context import Context
-from modelzip.pipeline.identity import fingerprint_of
-from modelzip.pipeline.training import plan_training, run_training, training_section
-from modelzip.recipes.load import parse_recipe
+from modelzip.pipeline.training import training_section
 
 QUICK = {
     "method": "labels",
@@ -60,33 +56,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def learn(progress) -> Callable[..., dict[str, Any]]:
+def learn(train_stage) -> Callable[..., dict[str, Any]]:
     """learn(model, output, stage, seed=..., ...) -> the record of that one stage."""
-
-    def run(
-        model: Path, output: Path, stage: dict[str, Any], *, seed: int = 0, progress: Any = progress, **options: Any
-    ) -> dict[str, Any]:
-        recipe = parse_recipe({"model": str(model), "seed": seed, "stages": [{"distill": stage}]}, "test")
-        source = Checkpoint.open(str(model))
-        plan = plan_training(recipe.stages[0], source, recipe=recipe, output=output)
-        context = Context(recipe, torch.device("cpu"), fingerprint_of(recipe, source), Clock(), progress)
-        made = {"overwrite": False, "resume": False, **options}
-        record = run_training(
-            plan,
-            source,
-            target=output,
-            describe=lambda found: json.dumps(found, sort_keys=True).encode(),
-            context=context,
-            **made,
-        )
-        written = Checkpoint.open(str(output))
-        assert {name: (info.dtype, info.shape) for name, info in written.tensors.items()} == {
-            name: (info.dtype, info.shape) for name, info in plan.result.tensors.items()
-        }
-        assert plan.bytes_after == written.nbytes
-        return record
-
-    return run
+    return lambda model, output, stage, **options: train_stage(model, output, "distill", stage, **options)
 
 
 @pytest.fixture(scope="module")
