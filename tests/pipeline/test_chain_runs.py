@@ -155,6 +155,23 @@ def test_a_teacher_of_whole_texts_reads_the_same_tokens_by_its_own_numbers(place
     assert stage["details"]["first_loss"] < 1e-6  # measured: 3e-9, of rounding to 16 bits
 
 
+def test_what_lost_heads_is_healed_and_stays_as_narrow(place, go, tmp_path):
+    """BERT's config.json can't say that heads are gone, so the layout is modelzip's own."""
+    heads = {"prune": {"method": "heads", "share": 0.5, "output": str(tmp_path / "pruned")}}
+    heal = {"distill": {"method": "labels", "data": place.train, **TRAINED}}
+    report = go(place.recipe(heads, heal), tmp_path / "out")
+    before, after = (Checkpoint.open(str(tmp_path / name)) for name in ("pruned", "out"))
+    assert {name: one.shape for name, one in before.tensors.items()} == {
+        name: one.shape for name, one in after.tensors.items()
+    }
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    assert after.tensors[query].shape == (16, 32)
+    old, new = (one.read([query])[query] for one in (before, after))
+    assert not torch.equal(old, new)
+    losses = [row["loss"] for row in report["stages"][1]["details"]["curve"]]
+    assert losses[-1] < losses[0]
+
+
 def test_a_teacher_of_single_tokens_that_an_earlier_stage_takes_out_is_refused(speaking, recipe_of, text_file):
     stages = [
         {"prune": {"method": "vocabulary", "corpus": str(text_file)}},
