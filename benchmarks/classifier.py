@@ -79,17 +79,20 @@ def result(name: str, *, command: list[str], work: Path, data: Path) -> dict[str
     measured = measure(work / name, teacher=teacher, data=data)
     return {
         "command": shlex.join(command),
-        "seconds": report["time"]["total_s"],
         "peak_memory_mb": report["peak_memory_mb"],
         "bytes": report["size"]["bytes_after"],
-        "stages": [
-            {key: stage.get(key) for key in ("kind", "method", "bytes_after", "seconds", "details", "evaluation")}
-            for stage in report["stages"]
-        ],
+        "stages": [staged(stage) for stage in report["stages"]],
         "evaluation": {
             key: measured["evaluation"].get(key) for key in ("accuracy", "kl", "top1_agreement", "latency", "exits")
         },
     }
+
+
+def staged(stage: dict[str, Any]) -> dict[str, Any]:
+    """What a stage did and left, without this machine's paths."""
+    found = {key: stage.get(key) for key in ("kind", "method", "bytes_after", "evaluation")}
+    details = {key: value for key, value in (stage.get("details") or {}).items() if key not in ("teacher", "data")}
+    return found | {"details": details}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -144,9 +147,10 @@ def main() -> None:
     results = {name: result(name, command=commands[name], work=work, data=data) for name in chosen}
     files = {file: hashlib.sha256((data / file).read_bytes()).hexdigest() for file in ("train.tsv", "dev.tsv")}
     found = {
-        "encoder": options.encoder.resolve().name,
+        "encoder": json.loads((options.encoder / "config.json").read_text(encoding="utf-8")).get("_name_or_path"),
         "data_sha256": files,
         "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "environment": report_of(work / TEACHER)["environment"],
         "results": results,
     }
     (HERE / "results").mkdir(exist_ok=True)
