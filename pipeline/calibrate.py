@@ -110,15 +110,19 @@ def calibration_windows(
     return used if needed else None, kept
 
 
-def shortened(section: Section, checkpoint: Checkpoint) -> Section:
-    """A recipe's section with windows no longer than the model takes, where nobody said how long they are to be."""
-    if "seq_len" in section.model_fields_set:
+def shortened(section: Section, limit: int | None) -> Section:
+    """A recipe's section with windows of no more tokens than `limit`, where nobody said how long they are to be."""
+    if limit is None or "seq_len" in section.model_fields_set or section.seq_len <= limit:
         return section
+    return section.model_copy(update={"seq_len": limit})
+
+
+def window_limit(checkpoint: Checkpoint) -> int | None:
+    """Most tokens that the model takes; None if it can't be told, which a plan says with all other mistakes."""
     try:
-        limit = longest(skeleton(checkpoint))
-    except CheckpointError:  # which the plan tells, with all other mistakes
-        return section
-    return section if section.seq_len <= limit else section.model_copy(update={"seq_len": limit})
+        return longest(skeleton(checkpoint))
+    except CheckpointError:
+        return None
 
 
 def evaluation_windows(evaluation: Evaluation, checkpoint: Checkpoint, model: Any) -> Windows:

@@ -19,7 +19,7 @@ from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Evaluation, Recipe
 
 from . import ranks
-from .calibrate import calibration_windows, evaluation_windows, shortened
+from .calibrate import calibration_windows, evaluation_windows, shortened, window_limit
 from .chain import StageDone, finished_chain, measured, run_chain
 from .checks import (
     check_comparable,
@@ -200,7 +200,8 @@ def _open(recipe: Recipe) -> Checkpoint:
 
 def _shortened(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
     """The recipe for a model that takes fewer tokens than windows have by default."""
-    calibration, evaluation = shortened(recipe.calibration, checkpoint), shortened(recipe.evaluate, checkpoint)
+    limit = window_limit(checkpoint)
+    calibration, evaluation = shortened(recipe.calibration, limit), shortened(recipe.evaluate, limit)
     return recipe.model_copy(update={"calibration": calibration, "evaluate": evaluation})
 
 
@@ -247,7 +248,7 @@ def evaluate_models(
     check_kernels(where)
     checkpoint = Checkpoint.open(model, revision=revision if against is None else None)
     original = None if against is None else Checkpoint.open(against, revision=revision)
-    evaluation = shortened(evaluation, checkpoint)
+    evaluation = shortened(evaluation, window_limit(checkpoint))
     check_evaluation(evaluation, classifier=is_classifier(checkpoint.config))
     labelled = by_labels(evaluation, checkpoint.config)
     check_exits(evaluation, checkpoint.config, labelled=labelled)

@@ -89,10 +89,12 @@ def trainable(weight: CompressedWeight, bias: Tensor | None = None, *, dtype: to
 
 
 def unfreeze(module: CompressedModule) -> None:
-    """Make the floating tensors of a compressed table parameters, under their own names."""
-    own = {name for name in module.weight_value.tensors() if name in module._buffers}
-    for name in own:
-        tensor = module._buffers[name]
+    """Make the floating tensors of a compressed table parameters, under their own names.
+
+    In the weight's own order, by which a resumed optimizer finds what it knew of each.
+    """
+    for name in module.weight_value.tensors():
+        tensor = module._buffers.get(name)  # None for one that another module keeps
         if tensor is not None and tensor.is_floating_point():
             del module._buffers[name]
             module.register_parameter(name, nn.Parameter(tensor))

@@ -44,12 +44,17 @@ def open_teacher(teacher: Checkpoint, origin: Checkpoint, *, attention: str | No
     Where a vocabulary was pruned, `origin` numbers its tokens anew. Raises CheckpointError if the teacher lacks one.
     """
     model = open_whole(teacher, attention=attention)
-    ids = None if teacher.folder == origin.folder else translation(origin, teacher)
+    ids = translation(origin, teacher)
     return model if ids is None else Translated(model, ids).eval()
 
 
 def translation(origin: Checkpoint, teacher: Checkpoint) -> Tensor | None:
-    """For each of the origin's tokens the teacher's id, int64 [tokens]; None where all are the same."""
+    """For each of the origin's tokens the teacher's id, int64 [tokens]; None where all are the same.
+
+    Raises CheckpointError if the teacher lacks one.
+    """
+    if teacher.folder == origin.folder:
+        return None
     mine, theirs = (tokenizer_of(one).get_vocab() for one in (origin, teacher))
     if mine == theirs:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +11,15 @@ from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits, TaughtSettings
-from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Lsq, Sequence
+from modelzip.compressors.distill.settings_students import BiLstm, Lsq, Sequence
 from modelzip.compressors.prune.settings_training import PruneTrainingSettings
 from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
-from modelzip.weights.exits import ExitsConfig
 
 from ..calibrate import is_causal, longest
 from ..room import BASE_BYTES
 from .changes import forms, plan_changes
+from .checks import check_origin, check_stage
 from .data import Data, is_running_text, read_data, running_text
 from .fit import Problems, check_extras, check_tokens, objective_of, shell
 from .lesson import Objective
@@ -97,10 +96,10 @@ def plan_training(
     settings = stage.settings
     assert isinstance(settings, DistillSettings)
     problems = Problems(where)
-    _check_stage(stage, source, problems)
+    check_stage(stage, source, problems)
     teacher = _teacher(settings, recipe, source, problems)
     origin = _origin(settings, source, teacher)
-    _check_origin(stage, source, teacher, recipe=recipe, problems=problems)
+    check_origin(stage, source, teacher, recipe=recipe, problems=problems)
     data, validation = _data(settings, origin, teacher, problems)
     student = None if origin is None or data is None else student_of(settings, origin, teacher, data, problems)
     objective = None if student is None else objective_of(settings, student, teacher, problems)
@@ -152,25 +151,6 @@ def _length(student: Student, teacher: Checkpoint | None) -> int:
     return min(LENGTH, *(longest(skeleton(one)) for one in models))
 
 
-def _check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
-    settings = stage.settings
-    if stage.rules:
-        problems.add("a model is trained as a whole, so rules can't change settings for some modules: leave them out.")
-    if settings.data is None and not isinstance(settings, Sequence):
-        problems.add("no data is named: give data, a file with labelled texts or plain text, or a hub dataset.")
-    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        problems.add("tensorboard needs the package of that name: install it, or leave tensorboard out.")
-    if isinstance(settings, BiLstm | FastBert) and settings.task == "language-modelling":
-        problems.add(f"{settings.method} makes a classifier, so task can't be language-modelling: leave it out.")
-    if source.config.get("model_type") == ExitsConfig.model_type and not is_new(settings):
-        problems.add(f"{source.source} has exits already, and they aren't trained any further: train what it is from.")
-    is_learned = isinstance(settings, Lsq)  # codes that come in are learned from there: see `changes`
-    if isinstance(settings, FastBert) and source.quantization is not None:
-        problems.add(f"{source.source} is compressed, and exits are put on an ordinary classifier: do that first.")
-    elif not is_new(settings) and not is_learned and (reason := untrainable(source)) is not None:
-        problems.add(f"{source.source} {reason}: train it first, and compress it then.")
-
-
 def _teacher(settings: DistillSettings, recipe: Recipe, source: Checkpoint, problems: Problems) -> Checkpoint | None:
     """Who is learned from; the source itself where the model as it came in is."""
     if isinstance(settings, Lsq) and settings.teacher is None and settings.alpha > 0:
@@ -193,27 +173,6 @@ def _teacher(settings: DistillSettings, recipe: Recipe, source: Checkpoint, prob
 def _origin(settings: DistillSettings, source: Checkpoint, teacher: Checkpoint | None) -> Checkpoint | None:
     """Where the student's weights come from."""
     return teacher if is_new(settings) else source
-
-
-def _check_origin(
-    stage: Stage, source: Checkpoint, teacher: Checkpoint | None, *, recipe: Recipe, problems: Problems
-) -> None:
-    """A student that is made of the teacher would throw away what the stage was given."""
-    settings = stage.settings
-    assert isinstance(settings, DistillSettings)
-    if teacher is None or not is_new(settings):
-        return
-    if settings is not recipe.stages[0].settings:
-        instead = "prune before this one, by method layers" if getattr(settings, "layers", None) else "put it first"
-        problems.add(
-            f"its student is made anew of the teacher {teacher.source}, so what the stages before it made would be "
-            f"lost: {instead}."
-        )
-    elif teacher.folder != source.folder:
-        problems.add(
-            f"its student is made of the teacher {teacher.source}, so {source.source} would not be used: give the "
-            "teacher as the model, and leave teacher out."
-        )
 
 
 def _data(

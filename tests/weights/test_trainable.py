@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modelzip.weights.trainable import holds_codes, trainable
+from modelzip.weights.embedding import CompressedEmbedding
+from modelzip.weights.trainable import holds_codes, trainable, unfreeze
 
 TRAINABLE = {"dense", "kronecker", "kronecker, other order", "low rank", "tensor train"} | {
     f"sparse{pattern}" for pattern in ("", " 2:4", " 4:8")
@@ -83,3 +84,14 @@ def test_the_frozen_weight_is_apart_from_the_module(weight):
             parameter.zero_()
     assert torch.equal(frozen.dense(), source)
     assert torch.equal(weight.dense(), source)
+
+
+def test_a_tables_tensors_learn_from_the_rows_that_are_looked_up_in_the_weights_own_order(weight):
+    if weight.kind == "dense":
+        pytest.skip("a dense table is a plain embedding")
+    table = CompressedEmbedding(weight, dtype=torch.float32)
+    unfreeze(table)
+    floating = [name for name, tensor in weight.tensors().items() if tensor.is_floating_point()]
+    assert [name for name, _ in table.named_parameters()] == floating
+    table(torch.arange(24)).square().sum().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in table.parameters())
