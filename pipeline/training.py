@@ -38,6 +38,7 @@ from .train.growing import Growing, span
 from .train.judge import open_teacher
 from .train.lesson import Lesson
 from .train.lessons import Lessons, lessons_of
+from .train.made import is_new
 from .train.opening import open_student
 from .train.plan import TrainingPlan, plan_training
 from .train.rhythm import Beat, best_row, kept_row, last_checkpoint
@@ -118,7 +119,7 @@ def training_section(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _on(student: Student, plan: TrainingPlan, source: Checkpoint) -> Student:
     """The planned student, with the weights that are there now in place of headers that were foreseen."""
-    return student if student.start != "whole" else replace(student, origin=source)
+    return student if is_new(plan.settings) else replace(student, origin=source)
 
 
 @contextmanager

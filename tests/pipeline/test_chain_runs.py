@@ -155,6 +155,16 @@ def test_a_teacher_of_whole_texts_reads_the_same_tokens_by_its_own_numbers(place
     assert stage["details"]["first_loss"] < 1e-6  # measured: 3e-9, of rounding to 16 bits
 
 
+def test_exits_are_put_on_what_the_stage_before_them_left(place, go, tmp_path):
+    """The exits leave the encoder alone, so its last classifier says what the fine-tuned one says."""
+    exits = {"distill": {"method": "fastbert", "data": place.train, "exit_size": 16, **TRAINED}}
+    go(place.recipe(place.labels(output=str(tmp_path / "tuned")), exits), tmp_path / "out")
+    tuned, out = (Checkpoint.open(str(tmp_path / name)) for name in ("tuned", "out"))
+    query = "encoder.layer.0.attention.self.query.weight"
+    (mine,) = [name for name in out.tensors if name.endswith(query)]
+    assert torch.equal(out.read([mine])[mine], tuned.read([f"bert.{query}"])[f"bert.{query}"])
+
+
 def test_what_lost_heads_is_healed_and_stays_as_narrow(place, go, tmp_path):
     """BERT's config.json can't say that heads are gone, so the layout is modelzip's own."""
     heads = {"prune": {"method": "heads", "share": 0.5, "output": str(tmp_path / "pruned")}}
