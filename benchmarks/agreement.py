@@ -36,7 +36,18 @@ def open_dense(model: str) -> torch.nn.Module:
     if any(info[kind] for kind in REINITIALISED):
         raise SystemExit(f"{model} did not open whole: { {kind: sorted(info[kind])[:5] for kind in REINITIALISED} }")
     result: torch.nn.Module = network.eval()
+    for name, module in list(result.named_modules()):
+        if hasattr(module, "weight_value") and hasattr(module, "in_features"):  # decodes its weight in every pass
+            result.set_submodule(name, plain(module))
     return result
+
+
+def plain(module: Any) -> torch.nn.Module:
+    """A linear with the same weight, dense."""
+    linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    linear.weight = torch.nn.Parameter(module.weight_value.dense(torch.float32), requires_grad=False)
+    linear.bias = module.bias
+    return linear
 
 
 def compare(original: Tensor, compressed: Tensor, ids: Tensor) -> list[float]:

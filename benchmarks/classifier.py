@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"recipes among {', '.join(RECIPES)}; all without one")
     parser.add_argument("--work", type=Path, default=Path("classifier-work"), help="where results are kept")
     parser.add_argument("--no-measure", action="store_true", help="only run the recipes")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     work, data = options.work.resolve(), options.data.resolve()
     work.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in RECIPES if name == TEACHER or name in (options.names or RECIPES)]
