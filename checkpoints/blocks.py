@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -31,6 +32,8 @@ from .index import Checkpoint
 from .names import NameMap
 
 TIED: Final = "tied to another weight"
+UNBUILT: Final = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+"""What transformers raises where config.json makes no model, beside its StrictDataclassError."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,10 @@ def skeleton(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> t
         config = config_class.from_dict(plain)
         with init_empty_weights(include_buffers=False):
             model: transformers.PreTrainedModel = model_class._from_config(config, dtype=dtype)
-    except (TypeError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+    except (*UNBUILT, StrictDataclassError) as error:
+        told = " ".join(str(error).split())
         raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'} can't be turned into a {model_class.__name__}: {error}"
+            f"{checkpoint.folder / 'config.json'} can't be turned into a {model_class.__name__}: {told}"
         ) from error
     _resize(model, checkpoint)
     try:

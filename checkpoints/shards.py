@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import CheckpointError, MachineError, OutputError
+from .errors import CheckpointError, MachineError, ModelzipError, OutputError
 from .headers import ITEM_SIZES, TensorInfo
 from .index import DTYPES
 
 CHUNK: Final = 1 << 24  # bytes
+TORCH_WRITES: Final = ("inline_container", "iostream error", "PytorchStreamWriter")
+"""Words of torch.save, which doesn't say why a file can't be written."""
 _SPELLINGS: Final = {dtype: spelling for spelling, dtype in DTYPES.items()}
 
 
@@ -133,19 +136,44 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(folder: Path, *, need: int = 0) -> Iterator[None]:
-    """Turns what the system says about a write in `folder` into a sentence."""
+    """Turns what the system says about a write in `folder` into a sentence, also where a library passes it on.
+
+    need: bytes that were to be written, 0 if they aren't known.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(folder).free
-            raise MachineError(
-                f"The disk of {folder} is full: {need / 1e6:.1f} MB were to be written and {free / 1e6:.1f} MB are "
-                "free; make room and go on with --resume."
-            ) from error
-        if error.errno == errno.EIO:
-            raise MachineError(f"The disk of {folder} failed: {error.strerror}.") from error
-        raise OutputError(f"Can't write in {folder}: {error.strerror or error}.") from error
+        raise _sentence(folder, need, error.errno, error.strerror or str(error)) from error
+    except SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise _sentence(folder, need, int(found[1]), os.strerror(int(found[1]))) from error
+    except RuntimeError as error:
+        if not any(word in str(error) for word in TORCH_WRITES):
+            raise
+        raise MachineError(
+            f"A file in {folder} wasn't written to its end, which a full disk does ({_free(folder)}): make room and go "
+            "on with --resume."
+        ) from error
+
+
+def _sentence(folder: Path, need: int, number: int | None, told: str) -> ModelzipError:
+    """What the system's error number and words say about a write in `folder`."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        space = f"{need / 1e6:.1f} MB were to be written and {_free(folder)}" if need else _free(folder)
+        return MachineError(f"The disk of {folder} is full: {space}; make room and go on with --resume.")
+    if number == errno.EFBIG:
+        return MachineError(
+            f"A file in {folder} would be larger than files may be here: raise `ulimit -f`, or take another disk."
+        )
+    if number == errno.EIO:
+        return MachineError(f"The disk of {folder} failed: {told}.")
+    return OutputError(f"Can't write in {folder}: {told}.")
+
+
+def _free(folder: Path) -> str:
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    return f"{shutil.disk_usage(there).free / 1e6:.1f} MB are free"
 
 
 def _stream(head: bytes, entries: Iterable[Entry]) -> Iterator[memoryview | bytes]:

@@ -43,18 +43,18 @@ def _compress(recipe: Recipe, values: Mapping[str, Any]) -> None:
     check_named(str(recipe.model), revision=recipe.revision)
     output = Path(recipe.output).expanduser() if recipe.output else default_output(str(recipe.model), recipe)
     if values["dry_run"]:
-        _plan(recipe, output, as_json=bool(values["json"]))
+        _plan(recipe, output, values)
     else:
         _run(recipe, output, values)
 
 
-def _plan(recipe: Recipe, output: Path, *, as_json: bool) -> None:
+def _plan(recipe: Recipe, output: Path, values: Mapping[str, Any]) -> None:
     from modelzip.pipeline.run import plan_recipe
 
     from .show import show_plan
 
-    plans = plan_recipe(recipe, output=output)
-    if as_json:
+    plans = plan_recipe(recipe, output=output, overwrite=bool(values["overwrite"]), resume=bool(values["resume"]))
+    if values["json"]:
         write_json({"plans": [plan.as_dict() for plan in plans]})
         return
     for number, plan in enumerate(plans, 1):

@@ -21,6 +21,7 @@ USAGE_ERROR: Final[type[Exception]] = typer.BadParameter.__bases__[0]
 DISK: Final = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EFBIG: "the file would be larger than files may be here; raise `ulimit -f`",
     errno.EIO: "the disk failed to read or write; check it",
 }
 MEMORY_WORDS: Final = ("out of memory", "can't allocate memory", "cannot allocate memory")
@@ -31,6 +32,10 @@ class StoppedError(ModelzipError):
     """The user or the system asked us to stop."""
 
     exit_code = 130
+
+
+class DiskError(MachineError):
+    """The disk is full or failed."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -59,7 +64,7 @@ def guarded(run: Callable[[], None]) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise _from_os(error) from error
+        raise from_os(error) from error
     except RuntimeError as error:
         # torch has no type of its own for the CPU's allocator; the GPU's is a RuntimeError too.
         if not any(word in str(error).lower() for word in MEMORY_WORDS):
@@ -72,10 +77,11 @@ def _memory(what: str) -> str:
     return f"{what}; take a smaller --batch-size or --seq-len, or a machine with more"
 
 
-def _from_os(error: OSError) -> ModelzipError:
+def from_os(error: OSError) -> ModelzipError:
+    """What the system says about a file, as one of our errors."""
     culprit = f"{error.filename}: " if error.filename is not None else ""
     if error.errno in DISK:
-        return MachineError(f"{culprit}{DISK[error.errno]}, and the same command with --resume goes on")
+        return DiskError(f"{culprit}{DISK[error.errno]}")
     if error.errno == errno.ENOMEM:
         return MachineError(_memory("memory ran out"))
     return ModelzipError(f"{culprit}{error.strerror or error}")
@@ -86,7 +92,8 @@ def report_error(error: ModelzipError, arguments: Sequence[str]) -> int:
     if "--debug" in arguments:
         traceback.print_exception(error)
     text = str(error)
-    if isinstance(error, StoppedError) and any(word in RESUMABLE for word in arguments):
+    goes_on = any(word in RESUMABLE for word in arguments) and "--dry-run" not in arguments
+    if isinstance(error, StoppedError | DiskError) and goes_on:
         text += "; the same command with --resume goes on"
     write_errors(text.splitlines() or [type(error).__name__])
     return error.exit_code

@@ -18,10 +18,10 @@ from modelzip.recipes.schema import STAGES
 from .compress import run, verb
 from .evaluate import evaluate
 from .export import export
-from .failures import USAGE_ERROR, StoppedError, catch_sigterm, report_error, report_usage, silence
+from .failures import USAGE_ERROR, StoppedError, catch_sigterm, from_os, report_error, report_usage, silence
 from .help import Sectioned
 from .methods import methods
-from .output import write
+from .output import unwritten, write
 from .recipe import recipe_commands
 
 QUIET: Final = {
@@ -79,6 +79,13 @@ def quieten() -> None:
     warnings.simplefilter("ignore")
 
 
+def fill_missing_streams() -> None:
+    """Give stdout and stderr that were closed (`>&-`) a place that swallows all, before a file takes their number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # open until the end
+
+
 def answer(arguments: Sequence[str]) -> int:
     """Run one command line and give its exit code."""
     try:
@@ -89,11 +96,14 @@ def answer(arguments: Sequence[str]) -> int:
         return report_usage(error)
     except KeyboardInterrupt:
         return report_error(StoppedError("interrupted"), arguments)
+    except OSError as error:  # of typer's own help and completion; commands have told theirs
+        return report_error(from_os(error) if error.filename else unwritten(error), arguments)
     return code if isinstance(code, int) else 0
 
 
 def main() -> None:
     """The console script."""
+    fill_missing_streams()
     catch_sigterm()
     gc.set_threshold(*COLLECTING)
     if "--debug" not in sys.argv:
@@ -102,6 +112,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             silence(stream.fileno())
     sys.exit(code)

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from modelzip.checkpoints.errors import MachineError
 
 from .failures import silence
 
@@ -16,12 +20,27 @@ if TYPE_CHECKING:
 
 
 def write(text: str) -> None:
-    """Text and a newline on stdout."""
-    try:
+    """Text and a newline on stdout. Raises MachineError if it can't be written."""
+    with _told():
         sys.stdout.write(text.rstrip("\n") + "\n")
         sys.stdout.flush()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Nothing more is written to a stdout that takes nothing; one that nobody reads any more is no failure."""
+    try:
+        yield
     except BrokenPipeError:
         silence(sys.stdout.fileno())
+    except OSError as error:
+        silence(sys.stdout.fileno())
+        raise unwritten(error) from error
+
+
+def unwritten(error: OSError) -> MachineError:
+    """What is said where stdout takes nothing, as on a full disk."""
+    return MachineError(f"stdout can't be written: {error.strerror or error}")
 
 
 def write_json(value: Any) -> None:
@@ -36,7 +55,8 @@ def write_rich(*renderables: RenderableType) -> None:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console = Console(file=sys.stdout, highlight=False, width=160)
-    with console.capture() as captured:
-        for one in renderables:
-            console.print(one)
-    write("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    with _told():
+        with console.capture() as captured:  # at whose end rich writes to stdout, if only nothing
+            for one in renderables:
+                console.print(one)
+        write("\n".join(line.rstrip() for line in captured.get().splitlines()))

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from modelzip.evaluation.fallbacks import gathered
+from modelzip.evaluation.wording import SIZE, SPEED, compared
 
 from .output import write_rich
 
@@ -34,7 +35,7 @@ def show_plan(plan: Plan, stage: str = "") -> None:
     for name, method, form, before, after, note in plan.rows():
         table.add_row(*map(Text, (name, method, form, megabytes(before), megabytes(after), note)))
     needs = Table.grid(padding=(0, 2))
-    ratio = f"{plan.bytes_before / plan.bytes_after:.2f} times smaller" if plan.bytes_after else ""
+    ratio = compared(plan.bytes_before / plan.bytes_after, SIZE) if plan.bytes_after else ""
     needs.add_row("model", f"{megabytes(plan.bytes_before)} MB → {megabytes(plan.bytes_after)} MB, {ratio}")
     needs.add_row("memory needed", f"{megabytes(plan.memory_bytes)} MB")
     needs.add_row("disk needed", f"{megabytes(plan.disk_bytes)} MB")
@@ -65,7 +66,7 @@ def _exits(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         accuracy = f"{row['accuracy']:.2%} ({row['low']:.1%} to {row['high']:.1%})"
         times = (
-            f"{timed['compressed_ms']:.2f} ({timed['speedup']:.2f} times faster)" for timed in row["latency"].values()
+            f"{timed['compressed_ms']:.2f} ({compared(timed['speedup'], SPEED)})" for timed in row["latency"].values()
         )
         table.add_row(f"{row['threshold']:g}", accuracy, f"{row['layers']:.2f}", *times)
     return table
@@ -104,7 +105,7 @@ def _accuracies(accuracy: Mapping[str, Any]) -> tuple[str, str]:
 
 def _times(timed: Mapping[str, Any]) -> tuple[str, str, str]:
     name = f"ms an example, {timed['batch_size']} at once"
-    return name, f"{timed['original_ms']:.2f}", f"{timed['compressed_ms']:.2f} ({timed['speedup']:.2f} times faster)"
+    return name, f"{timed['original_ms']:.2f}", f"{timed['compressed_ms']:.2f} ({compared(timed['speedup'], SPEED)})"
 
 
 def _number(value: Any, form: str) -> str:

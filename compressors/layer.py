@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from modelzip.weights.value import CompressedWeight
+
+StatisticKind: TypeAlias = Literal["none", "squares", "hessian"]
 
 
 class UnsuitableError(ArithmeticError):
@@ -50,7 +52,7 @@ class LayerMethod:
 
     compress: Callable[[LayerTask], CompressedWeight]
     expect: Callable[[CompressedWeight, Any, torch.dtype], CompressedWeight | str]
-    statistic: Literal["none", "squares", "hessian"] = "none"
+    statistic: StatisticKind = "none"
     prepare: Callable[[Tensor, Any], Any] | None = None
     survey: Callable[[Iterator[tuple[Any, Tensor]]], Any] | None = None
     note: Callable[[Any, Any], str | None] | None = None

@@ -1,4 +1,4 @@
-"""Masks: which entries of a matrix are kept. Of equal scores the earlier one is kept, everywhere."""
+"""Masks: which entries of a matrix are kept. Of equal scores every function here keeps the earlier one."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ Where this differs from the papers, and why:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from modelzip.kernels.obs_columns import Grid, obs_columns
 
+from .damping import ladder
 from .layer import UnsuitableError
 from .masks import Pattern, without_smallest_of_all
 from .quantize.grid import AffineGrid
@@ -86,8 +86,7 @@ def inverse_factor(
     permutation = permutation.reshape(-1)
     backwards = permutation.flip(0)
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    steps = math.ceil(2 * math.log10(max(max_damping / damping, 1)) - 1e-9)
-    rungs = [*(damping * 10 ** (step / 2) for step in range(steps)), max(damping, max_damping)]
+    rungs = ladder(damping, max_damping)
     for precision in (torch.float32, torch.float64):
         for rung in rungs:
             damped = hessian.diagonal().to(precision) + rung * mean

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .markdown import share, table
 from .schema import ExitsTaken
+from .wording import SPEED, compared
 
 
 def exits_table(rows: Sequence[ExitsTaken]) -> str:
@@ -19,6 +20,6 @@ def exits_table(rows: Sequence[ExitsTaken]) -> str:
     for row in rows:
         cells = [f"{row.threshold:g}", share(row.accuracy, row.low, row.high), f"{row.layers:.2f}"]
         for timed in (row.latency.single, row.latency.batched):
-            cells += [f"{timed.compressed_ms:.2f}", f"{timed.speedup:.2f} × faster"]
+            cells += [f"{timed.compressed_ms:.2f}", compared(timed.speedup, SPEED, times="×")]
         lines.append(cells)
     return f"Exits by threshold:\n\n{table(header, lines)}"

@@ -26,6 +26,7 @@ from .markdown import share as _share
 from .markdown import table as _table
 from .schema import EvaluationResult, Module, Report, StageResult
 from .training_report import training_lines
+from .wording import SIZE, SPEED, compared
 
 __all__ = ["Report", "report_json", "report_markdown", "report_schema", "validate", "write_report"]
 
@@ -95,7 +96,7 @@ def _short(name: str) -> str:
 def _headline(report: Report) -> str:
     size, evaluation = report.size, report.evaluation
     before = "–" if size.bytes_before is None else f"{size.bytes_before / 1e6:,.1f} MB"
-    times = "" if size.ratio is None else f"{size.ratio:.2f} × smaller"
+    times = "" if size.ratio is None else compared(size.ratio, SIZE, times="×")
     rows = [("Weights on disk", before, f"{size.bytes_after / 1e6:,.1f} MB", times)]
     if size.bits_per_weight is not None:
         share = f"{size.compressed_parameters:,} of {size.parameters:,} parameters"
@@ -124,9 +125,8 @@ def _quality(evaluation: EvaluationResult) -> list[tuple[str, str, str, str]]:
     if evaluation.latency is not None:
         for timed in (evaluation.latency.single, evaluation.latency.batched):
             before, after = f"{timed.original_ms:.2f} ms", f"{timed.compressed_ms:.2f} ms"
-            rows.append(
-                (f"Time an example, {timed.batch_size} at once", before, after, f"{timed.speedup:.2f} × faster")
-            )
+            speedup = compared(timed.speedup, SPEED, times="×")
+            rows.append((f"Time an example, {timed.batch_size} at once", before, after, speedup))
     return rows
 
 

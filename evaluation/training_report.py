@@ -25,16 +25,20 @@ def training_lines(stages: Sequence[StageResult]) -> str:
 
 def _summary(which: str, details: Mapping[str, Any]) -> str:
     early = ", stopped early" if details["stopped_early"] else ""
-    lines = [
-        f"Trained ({which}): {details['steps']:,} steps, {details['epochs']:.1f} epochs{early}; loss "
-        f"{number(details['first_loss'], '.4f')} at first, {number(details['last_loss'], '.4f')} at last."
-    ]
+    first, last = (number(details[name], ".4f") for name in ("first_loss", "last_loss"))
+    losses = f"{first} at first, {last} at last" if _losses(details) > 1 else f"{last} on average"
+    lines = [f"Trained ({which}): {details['steps']:,} steps, {details['epochs']:.1f} epochs{early}; loss {losses}."]
     if details["kept"] is not None:
         best, kept = (_measured(details[name]) for name in ("best", "kept"))
         lines.append(f"Best measurement: {best}. Kept: {kept}." if best != kept else f"Kept the best: {best}.")
     if (baseline := details.get("baseline")) is not None:
         lines.append(f"The same student trained on labels alone: {_measured(baseline)}.")
     return "  \n".join(lines)
+
+
+def _losses(details: Mapping[str, Any]) -> int:
+    """How often the loss was logged: each time as the mean since the time before."""
+    return sum("loss" in row for row in details["curve"])
 
 
 def _measured(row: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from modelzip.checkpoints.tokenizer_files import SENTENCEPIECE
 from modelzip.recipes.schema import Calibration, Evaluation
 from modelzip.weights.exits import ExitsForSequenceClassification
 
+from .called import CALIBRATION, Called
 from .progress import Progress
 from .selftext import self_windows
 from .text import Windows, read_windows
@@ -32,8 +33,11 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
     return bool(names & {"tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE})
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer. Raises CheckpointError if it has none that transformers can open."""
+def tokenizer_of(checkpoint: Checkpoint, *, instead: str = "") -> Any:
+    """The checkpoint's tokenizer. Raises CheckpointError if it has none that transformers can open.
+
+    instead: what else its reader can do, as the end of a sentence.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -41,8 +45,8 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         told = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{checkpoint.source} has no tokenizer that transformers can open ({told}): add the tokenizer files, or "
-            "use --calibration self."
+            f"{checkpoint.source} has no tokenizer that transformers can open ({told}): add the tokenizer files"
+            f"{instead}."
         ) from None
 
 
@@ -99,7 +103,7 @@ def calibration_windows(
         return used if needed else None, Windows(held.tokens, f"{held.source}, held back") if held_back else None
     every = read_windows(
         calibration.source,
-        tokenizer_of(checkpoint),
+        tokenizer_of(checkpoint, instead=CALIBRATION.instead),
         field=calibration.field,
         split=calibration.split,
         count=samples + held_back,
@@ -125,7 +129,7 @@ def window_limit(checkpoint: Checkpoint) -> int | None:
         return None
 
 
-def evaluation_windows(evaluation: Evaluation, checkpoint: Checkpoint, model: Any) -> Windows:
+def evaluation_windows(evaluation: Evaluation, checkpoint: Checkpoint, model: Any, *, called: Called) -> Windows:
     """The windows of `evaluation.data`. Raises CalibrationError if it holds fewer than one."""
     assert evaluation.data is not None
     if evaluation.seq_len > (limit := longest(model)):
@@ -140,6 +144,7 @@ def evaluation_windows(evaluation: Evaluation, checkpoint: Checkpoint, model: An
         count=evaluation.windows,
         seq_len=evaluation.seq_len,
         least=1,
+        called=called,
     )
 
 

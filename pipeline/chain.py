@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from modelzip.checkpoints.index import Checkpoint
@@ -18,6 +18,7 @@ from .engines import run_stage
 from .folders import memory_file
 from .identity import provenance_of, read_provenance
 from .measure import evaluation_section
+from .plans import Plan, plan_again
 from .text import Windows
 from .tokens import same_tokens, windows_for
 from .train.plan import TrainingPlan
@@ -25,8 +26,10 @@ from .train.plan import TrainingPlan
 
 @dataclass(frozen=True)
 class StageDone:
-    """What a stage recorded, what it weighs, how long it took (None if an earlier run did it), what was measured."""
+    """What a stage did (its plan, on what there was), recorded and weighs, how long it took (None if an earlier run did
+    it), what was measured."""
 
+    plan: Plan
     kind: str
     method: str
     records: dict[str, Any]
@@ -46,6 +49,12 @@ def run_chain(
     done: list[StageDone] = []
     source = run.checkpoint
     for number, (plan, target) in enumerate(zip(run.plans, run.targets, strict=True)):
+        if number:
+            before = run.plans[number - 1].result
+            plan = plan_again(plan, run.context.recipe, number, source, before=before)
+            for note in plan.notes if ranks.is_main() else ():
+                if note not in run.plans[number].notes:
+                    run.context.progress.say(note)
         is_last = target == run.output
         stage = run.context.recipe.stages[number]
         begin = time.perf_counter()
@@ -72,7 +81,7 @@ def run_chain(
         seconds = time.perf_counter() - begin if earlier is None else None
         source = Checkpoint.open(str(target))
         evaluation = None if is_last or not ranks.is_main() else _measured_once(run, number, source, kept)
-        done.append(StageDone(plan.kind, stage.settings.label, records, source.nbytes, seconds, evaluation))
+        done.append(StageDone(plan, plan.kind, stage.settings.label, records, source.nbytes, seconds, evaluation))
     return done
 
 
@@ -88,13 +97,13 @@ def finished_chain(run: Run, provenance: dict[str, Any], kept: Windows | None) -
             result = Checkpoint.open(str(target))
         found = _remembered(run, number) if result is None else _measured_once(run, number, result, kept)
         size = plan.bytes_after if result is None else result.nbytes
-        done.append(StageDone(one["kind"], one["method"], one["records"], size, None, found))
+        done.append(StageDone(plan, one["kind"], one["method"], one["records"], size, None, found))
     return done
 
 
 def _describer(run: Run, done: list[StageDone]) -> Callable[[dict[str, Any]], bytes]:
     """A function from a stage's records to the bytes of modelzip.json, with those of earlier stages."""
-    earlier = [{key: asdict(stage)[key] for key in ("kind", "method", "records")} for stage in done]
+    earlier = [{key: getattr(stage, key) for key in ("kind", "method", "records")} for stage in done]
     stage = run.context.recipe.stages[len(done)]
 
     def describe(records: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 
+from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.target import partial_of
@@ -16,6 +17,7 @@ from modelzip.evaluation.gates import Gate
 from modelzip.kernels import dispatch
 
 from .calibrate import is_causal
+from .classify import is_classifier
 from .context import Run
 from .engines import stage_fingerprint
 from .folders import check_left
@@ -93,6 +95,25 @@ def check_room(run: Run, *, overwrite: bool, resume: bool) -> None:
     check_left(run, earlier, overwrite=overwrite, resume=resume)
     for note in dict.fromkeys(note for plan in run.plans for note in plan.notes):
         run.context.progress.say(note)
+
+
+def check_classes(model: Checkpoint, original: Checkpoint | None) -> None:
+    """Raise RecipeError if a classifier is to be compared with a model that has no classes."""
+    if original is not None and not is_classifier(original.config):
+        raise RecipeError(
+            f"{original.source} is a {type(skeleton(original)).__name__}, which has no classes to compare with: name "
+            f"the classifier that {model.source} was made from with --against, or leave it out."
+        )
+
+
+def check_alone(model: Any, checkpoint: Checkpoint) -> None:
+    """Raise RecipeError if windows of text say nothing of a model without another to compare it with."""
+    if not is_causal(model):
+        examples = "labelled examples with --data, or " if is_classifier(checkpoint.config) else ""
+        raise RecipeError(
+            f"{checkpoint.source} is a {type(model).__name__}, of which text alone measures nothing: name {examples}an "
+            "original to compare with by --against."
+        )
 
 
 def check_comparable(model: Checkpoint, original: Checkpoint) -> None:

@@ -16,9 +16,10 @@ from modelzip.evaluation.latency import interleaved
 from modelzip.recipes.schema import Evaluation
 from modelzip.weights.exits import ExitsConfig
 
+from .called import Called
 from .early_exits import exits_section
 from .feeding import Fed, class_logits, feed, open_classifier, open_whole, outputs
-from .labelled import Examples, check_examples, read_examples
+from .labelled import Examples, read_examples
 from .latency import TIMED, timed
 from .progress import Progress
 from .rows import read_table
@@ -45,16 +46,32 @@ def by_labels(evaluation: Evaluation, config: Mapping[str, Any]) -> bool:
     return is_classifier(config) and _is_labelled(evaluation)
 
 
-def check_evaluation(evaluation: Evaluation, *, classifier: bool) -> None:
-    """Raise an error if `evaluation.data` can't be read as what it will be taken for, before any work is done."""
+def check_evaluation(
+    evaluation: Evaluation, results: Sequence[Checkpoint], original: Checkpoint | None, *, called: Called
+) -> None:
+    """Raise an error if what is planned, or there, can't be measured on `evaluation.data`, before any work is done.
+
+    Labelled examples are read to their end. results: what will be measured, the last one for certain; the others where
+    they have classes. original: what they are compared with. called: how the user knows the settings.
+    """
     if evaluation.data is None:
         if evaluation.task == "classification":
             raise RecipeError("evaluate.task is classification, which needs evaluate.data: labelled examples.")
         return
-    if evaluation.task == "classification" or (evaluation.task == "auto" and classifier and _is_labelled(evaluation)):
-        check_examples(evaluation.data, **_columns(evaluation))
-    else:
-        check_source(evaluation.data, field=evaluation.field)
+    labelled = [one for one in results if by_labels(evaluation, one.config)]
+    for names, result in {class_names(one): one for one in labelled}.items():
+        _check_original(evaluation, result, original)
+        read_examples(evaluation.data, names=names, called=called, **_columns(evaluation))
+    if results[-1] not in labelled:
+        check_source(evaluation.data, field=evaluation.field, called=called)
+
+
+def _check_original(evaluation: Evaluation, result: Checkpoint, original: Checkpoint | None) -> None:
+    """Raise RecipeError if an original can't be compared with, or is lacking where times are to be."""
+    if original is not None and is_classifier(original.config):
+        _same_order(class_names(original), class_names(result), original, result)
+    elif evaluation.latency:
+        raise RecipeError("evaluate.latency compares two classifiers, and no original with classes is named.")
 
 
 def _is_labelled(evaluation: Evaluation) -> bool:
@@ -68,7 +85,7 @@ def _is_labelled(evaluation: Evaluation) -> bool:
     return bool({"label", "labels", "class"} & set(read_table(evaluation.data, split=evaluation.split).columns))
 
 
-def _columns(evaluation: Evaluation) -> dict[str, str]:
+def _columns(evaluation: Evaluation) -> dict[str, Any]:
     named = {"text": evaluation.text, "pair": evaluation.pair, "label": evaluation.label}
     return {"split": evaluation.split} | {key: value or "" for key, value in named.items()}
 
@@ -102,8 +119,7 @@ def classification_section(
     number = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     if original is not None and not is_classifier(original.config):
         original = None
-    if evaluation.latency and original is None:
-        raise RecipeError("evaluate.latency compares two classifiers, and no original with classes is named.")
+    _check_original(evaluation, compressed, original)
     names = class_names(compressed)
     assert evaluation.data is not None
     examples = read_examples(evaluation.data, names=names, count=evaluation.examples, **_columns(evaluation))

@@ -17,6 +17,8 @@ from .environment import package_version
 
 PROVENANCE: Final = "modelzip.json"
 PACKAGES: Final = ("modelzip", "torch", "transformers", "compressed-tensors", "safetensors")
+READ: Final = ("corpus", "data", "validation", "teacher")
+"""Settings of stages that name files or folders."""
 NOT_IN_THE_BYTES: Final = ("output", "evaluate", "export", "model")
 
 
@@ -34,18 +36,23 @@ def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
     the kernels' paths.
 
     Files beside the weights count too: the tokenizer makes the calibration tokens, and all of them are carried along.
+    So do texts, labelled examples and teachers that stages read.
     """
     data = {key: value for key, value in recipe_data(recipe).items() if key not in NOT_IN_THE_BYTES}
     weights = {info.file for info in checkpoint.tensors.values()}
     files = sorted(weights | {checkpoint.folder / path for path in checkpoint.side_files})
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    corpora = [getattr(stage.settings, "corpus", None) for stage in recipe.stages]
-    for text in (recipe.calibration.source, *corpora):
-        if text is not None and Path(text).is_file():
-            stats.append((Path(text).name, Path(text).stat().st_size, Path(text).stat().st_mtime_ns))
+    stats = [one for file in files for one in _stats(file)]
+    named = [getattr(stage.settings, key, None) for stage in recipe.stages for key in READ]
+    stats += [one for path in (recipe.calibration.source, *named) if path is not None for one in _stats(Path(path))]
     versions = {name: package_version(name) for name in PACKAGES}
     whole = [data, stats, header_hash(checkpoint), versions, dispatch.path(), dispatch.product_path()]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _stats(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of all files of a folder; nothing for the name of something on the hub."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def provenance_of(

@@ -5,7 +5,7 @@ The masks, hooks and passes are here; what is made of the scores is in `compress
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -153,19 +153,21 @@ def greedy_layers(
     count: int,
     loss: Callable[[], float],
     *,
+    fixed: Collection[int] = (),
     step: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[int], list[float]]:
     """The layers to drop, in the order in which they go, and the loss after each: always the cheapest one next.
 
     Peer et al. 2022, "Greedy-layer Pruning", algorithm 1, without the fine-tuning after each removal that they measure
-    the loss after: healing is a stage of its own here. loss: of the model as it is. step: told the passes done.
+    the loss after: healing is a stage of its own here. loss: of the model as it is. fixed: layers that stay. step: told
+    the passes done.
     """
     gone: list[int] = []
     losses: list[float] = []
     passes = 0
     for _ in range(count):
         tried: list[tuple[float, int]] = []
-        for layer in (layer for layer in range(len(blocks)) if layer not in gone):
+        for layer in (layer for layer in range(len(blocks)) if layer not in (*gone, *fixed)):
             with skipped(model, [blocks[one] for one in (*gone, layer)]):
                 tried.append((loss(), layer))
             passes += 1

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from modelzip.checkpoints.errors import CalibrationError
 
+from .called import EVALUATE, Called
+from .padding import Padding, padded, padding_of
 from .rows import read_table
 
 TEXTS: Final = (
@@ -92,17 +94,19 @@ def read_examples(
     label: str = "",
     names: Sequence[str] | None = None,
     count: int | None = None,
+    called: Called = EVALUATE,
 ) -> Examples:
     """The first `count` examples of a file or hub dataset; all without `count`.
 
     text, pair, label: column names; empty ones are found by the names that are usual, and a `text` that is named
     stands alone unless a `pair` is named too. names: the classes that a model knows, in the order of its ids; empty
     for one that predicts a number; None takes them from the data: those that a dataset states, whole numbers as they
-    are, words in sorted order, other numbers as a regression. Raises CalibrationError that names the first line that
-    is wrong, or the columns that are there.
+    are, words in sorted order, other numbers as a regression. called: how those who can mend it know the settings.
+    All rows are checked, also with `count`. Raises CalibrationError that names the first line that is wrong, or the
+    columns that are there.
     """
     table = read_table(source, split=split)
-    columns = find_columns(table.columns, source, text=text, pair=pair, label=label)
+    columns = find_columns(table.columns, source, text=text, pair=pair, label=label, called=called)
     texts: list[str] = []
     pairs: list[str] = []
     labels: list[Any] = []
@@ -120,21 +124,14 @@ def read_examples(
     return whole if count is None else whole.split(count)[0]
 
 
-def check_examples(source: str, *, split: str = "train", text: str = "", pair: str = "", label: str = "") -> None:
-    """Raise CalibrationError if the source is missing or empty, or lacks a column; reads its first row alone."""
-    table = read_table(source, split=split)
-    columns = find_columns(table.columns, source, text=text, pair=pair, label=label)
-    for where, row in table.rows:
-        _text(row, columns.text, where)
-        return
-
-
-def find_columns(names: Sequence[str], source: str, *, text: str = "", pair: str = "", label: str = "") -> Columns:
+def find_columns(
+    names: Sequence[str], source: str, *, text: str = "", pair: str = "", label: str = "", called: Called
+) -> Columns:
     """Which columns hold texts, pairs and labels. Raises CalibrationError if one is missing or can't be told."""
     there = ", ".join(names)
-    for option, named in (("text", text), ("pair", pair), ("label", label)):
+    for setting, named in ((called.text, text), (called.pair, pair), (called.label, label)):
         if named and named not in names:
-            raise CalibrationError(f"{source} has no column {named!r}; it has {there}: name one by --{option}.")
+            raise CalibrationError(f"{source} has no column {named!r}; it has {there}: name one by {setting}.")
     if not text:
         known = [(one, two) for one, two in TEXTS if one in names and (two in names or not two)]
         if pair:
@@ -148,15 +145,15 @@ def find_columns(names: Sequence[str], source: str, *, text: str = "", pair: str
             several = " and ".join("/".join(filter(None, couple)) for couple in known)
             problem = f"may mean {several} as its text" if known else "has no column that is known to hold text"
             raise CalibrationError(
-                f"{source} {problem}; it has {there}: name one by --text, a second text by --pair. Files need a first "
-                "line that names the columns."
+                f"{source} {problem}; it has {there}: name one by {called.text}, a second text by {called.pair}. Files "
+                "need a first line that names the columns."
             )
         text, pair = known[0]
     if not label:
         usual = [name for name in LABELS if name in names]
         if len(usual) != 1:
             problem = f"may mean {' and '.join(usual)}" if usual else "has no column that is known to hold labels"
-            raise CalibrationError(f"{source} {problem}; it has {there}: name one by --label.")
+            raise CalibrationError(f"{source} {problem}; it has {there}: name one by {called.label}.")
         label = usual[0]
     return Columns(text, pair, label)
 
@@ -187,28 +184,14 @@ def batches_by_length(
 
     Without a padding token each example is a batch of its own.
     """
-    if tokenizer.pad_token_id is None:
-        batch_size = 1
+    padding = padding_of(tokenizer)
+    if padding is None:
+        padding, batch_size = Padding(0, 0, "right"), 1
     lengths = torch.tensor([len(one["input_ids"]) for one in encoded])
     order = torch.sort(lengths, descending=True, stable=True).indices
     return [
-        Batch(rows, _padded([encoded[row] for row in rows.tolist()], tokenizer))
-        for rows in torch.split(order, batch_size)
+        Batch(rows, padded([encoded[row] for row in rows.tolist()], padding)) for rows in torch.split(order, batch_size)
     ]
-
-
-def _padded(rows: Sequence[Mapping[str, Sequence[int]]], tokenizer: Any) -> dict[str, Tensor]:
-    """Each argument as int64 [rows, longest], filled on the tokenizer's padding side."""
-    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    longest = max(len(row["input_ids"]) for row in rows)
-    padded = {}
-    for name in rows[0]:
-        lines = []
-        for row in rows:
-            values, missing = list(row[name]), [fill.get(name, 0)] * (longest - len(row[name]))
-            lines.append(missing + values if tokenizer.padding_side == "left" else values + missing)
-        padded[name] = torch.tensor(lines, dtype=torch.int64)
-    return padded
 
 
 def _text(row: Mapping[str, Any], column: str, where: str) -> str:
@@ -270,7 +253,7 @@ def _ids(values: Sequence[Any], places: Sequence[str], column: str, names: Seque
         elif str(value).casefold() in ids:
             found.append(ids[str(value).casefold()])
         else:
-            hidden = " (-1 marks labels that are held back: choose another --split)" if number == -1 else ""
+            hidden = " (-1 marks labels that are held back: choose another split)" if number == -1 else ""
             raise CalibrationError(
                 f"{where}: the label {value!r} in the column {column!r} is none of the {len(names)} classes "
                 f"{', '.join(names)}, nor the number of one{hidden}."

@@ -15,7 +15,7 @@ from modelzip.checkpoints.blocks import Linear, Structure, find_structure, skele
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.names import NameMap
-from modelzip.compressors.factorize.budget import SMALLEST, ratio_for_budget
+from modelzip.compressors.factorize.budget import SMALLEST, already_small, ratio_for_budget
 from modelzip.compressors.factorize.settings import FactorizeSettings
 from modelzip.compressors.settings import MethodSettings
 from modelzip.recipes.match import matches, settings_for, unmatched
@@ -224,12 +224,14 @@ def _sizer(
                 total += 0 if isinstance(after, str) else after.nbytes - before.nbytes
         return total
 
-    ratio = ratio_for_budget(bytes_at, target)
+    problem = already_small(request.checkpoint.nbytes, target)
+    ratio = None if problem else ratio_for_budget(bytes_at, target)
     if ratio is None:
-        request.problems.append(
-            f"{request.where}: target_size {target / 1e6:,.1f} MB can't be reached: what isn't factorized, and factors "
-            f"of the lowest rank, weigh {bytes_at(SMALLEST) / 1e6:,.1f} MB; ask for more, or quantize as well."
+        problem = problem or (
+            f"target_size {target / 1e6:,.1f} MB can't be reached: what isn't factorized, and factors of the lowest "
+            f"rank, weigh {bytes_at(SMALLEST) / 1e6:,.1f} MB; ask for more, or quantize as well"
         )
+        request.problems.append(f"{request.where}: {problem}.")
         ratio = SMALLEST
     found = ratio
     return lambda settings: at(settings, found)

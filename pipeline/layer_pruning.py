@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.rewrite import Cut, Rewrite, expected, opens, with_number
+from modelzip.checkpoints.rewrite import Cut, Rewrite, expected, opens
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.compressors.prune.structural import every_other, least_influential
 from modelzip.compressors.prune.structural_settings import Layers
@@ -22,6 +24,7 @@ from modelzip.weights.layouts import MODELZIP
 from .calibrate import batches, forward_inputs
 from .context import Context
 from .importance import change_from, greedy_layers, hidden_input, main_value
+from .layer_config import counted_anew, require_countable
 from .measure import open_streamed
 from .room import memory_needed
 from .smaller import Headers, StructuralMethod, headers_of
@@ -37,7 +40,10 @@ COUNT_KEYS: Final = {
 
 @dataclass(frozen=True)
 class _Stack:
-    """The layers to choose from. path: of their list in the model; stored: of their tensors in the checkpoint."""
+    """The layers to choose from. path: of their list in the model; stored: of their tensors in the checkpoint.
+
+    keys: how config.json calls their number, where the model has two stacks.
+    """
 
     path: str
     stored: str
@@ -56,6 +62,8 @@ def plan_layers(settings: Layers, checkpoint: Checkpoint) -> list[int]:
         problems.append(f"there is no layer {strange[0]}: the {layers} layers are counted from 0 to {layers - 1}")
     if settings.count is not None and settings.count >= layers:
         problems.append(f"count {settings.count} leaves nothing of {layers} layers: take less")
+    elif settings.count is not None and settings.count > layers - len(fixed := needed_layers(settings, checkpoint)):
+        problems.append(f"count {settings.count} is too many: layer {min(fixed)} holds what the others need; take less")
     is_greedy = settings.count is not None and settings.criterion == "greedy"
     if is_greedy and (problem := loss_problem(settings.loss, headers.model)):
         problems.append(problem)
@@ -87,7 +95,11 @@ def choose_layers(settings: Layers, checkpoint: Checkpoint, windows: Windows | N
             data = batches(windows.tokens, context.recipe.calibration.batch_size, forward_inputs(streamed.model))
             influence = block_influence(streamed, data)
             every = [block.name for block in streamed.structure.blocks]
-            gone = least_influential([influence[every.index(name)] for name in stack.blocks], settings.count)
+            fixed = needed_layers(settings, checkpoint)
+            mine = [influence[every.index(name)] for name in stack.blocks]
+            gone = least_influential(
+                [math.inf if layer in fixed else one for layer, one in enumerate(mine)], settings.count
+            )
         else:
             gone = _greedy(settings, checkpoint, stack, windows=windows, context=context)
     return [layer for layer in range(len(stack.blocks)) if layer not in gone]
@@ -141,16 +153,34 @@ def _greedy(
         _, by_sample = loss_of(kind, model, checkpoint, seed=recipe.seed)  # anew, so that it hides the same tokens
         return float(torch.cat([by_sample(model, batch).double() for batch in data]).mean())
 
-    layers = len(stack.blocks)
-    passes = sum(layers - gone for gone in range(settings.count))
+    fixed = needed_layers(settings, checkpoint)
+    passes = sum(len(stack.blocks) - len(fixed) - gone for gone in range(settings.count))
     gone, _ = greedy_layers(
         model,
         stack.blocks,
         settings.count,
         loss,
+        fixed=fixed,
         step=lambda done: context.progress.step("score", done, passes, "layers"),
     )
     return gone
+
+
+def needed_layers(settings: Layers, checkpoint: Checkpoint) -> frozenset[int]:
+    """Layers without which no model opens: T5's first ones hold the positions' bias for all of their stack."""
+    headers = headers_of(checkpoint)
+    blocks = _stack(settings, headers).blocks
+    state = headers.model.state_dict()
+    inside = [frozenset(name[len(block) :] for name in state if name.startswith(f"{block}.")) for block in blocks]
+    usual, _ = Counter(inside).most_common(1)[0]
+    found = set()
+    for layer, names in enumerate(inside):
+        try:
+            if names != usual:
+                build_layers(settings, checkpoint, [other for other in range(len(blocks)) if other != layer])
+        except CheckpointError:
+            found.add(layer)
+    return frozenset(found)
 
 
 def build_layers(settings: Layers, checkpoint: Checkpoint, kept: Sequence[int]) -> Rewrite:
@@ -177,20 +207,12 @@ def build_layers(settings: Layers, checkpoint: Checkpoint, kept: Sequence[int]) 
 
 
 def _config(model: Any, checkpoint: Checkpoint, stack: _Stack, kept: Sequence[int]) -> dict[str, Any]:
-    layers = len(stack.blocks)
     before = model.config.to_dict()
     config = dict(checkpoint.config)
-    for key in COUNT_KEYS["encoder"] + COUNT_KEYS["decoder"] if len(stack.keys) > 1 else ():
+    for key in COUNT_KEYS["encoder"] + COUNT_KEYS["decoder"] if stack.keys else ():
         if isinstance(before.get(key), int):  # said outright, as T5 takes the decoder's from the encoder's
             config[key] = before[key]
-    for key in stack.keys:
-        if isinstance(before.get(key), int):
-            config = with_number(config, model.config.attribute_map, key, len(kept))
-    for key, value in before.items() if len(stack.keys) == 1 else ():
-        if key == "mlp_only_layers" and value:
-            config[key] = [number for number, old in enumerate(kept) if old in value]
-        elif "layer" in key and isinstance(value, list) and len(value) == layers:
-            config[key] = [value[old] for old in kept]
+    config = counted_anew(config, model.config, kept, keys=stack.keys)
     quantization = checkpoint.quantization
     if quantization is not None:
         moved = {
@@ -229,8 +251,7 @@ def _renamed_shared(quantization: Mapping[str, Any], stack: _Stack, kept: Sequen
 def _stack(settings: Layers, headers: Headers) -> _Stack:
     model, names, structure = headers.model, headers.names, headers.structure
     paths = list(dict.fromkeys(block.name.rpartition(".")[0] for block in structure.blocks))
-    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
-        raise CheckpointError("its attention is scaled by the layer's number, so layers can't be counted anew")
+    require_countable(model.config)
     if names.checkpoint.quantization is not None and names.checkpoint.quantization.get("quant_method") != MODELZIP:
         raise CheckpointError("it is quantized already: take layers out before quantizing")
     if len(paths) > 1:
@@ -238,8 +259,10 @@ def _stack(settings: Layers, headers: Headers) -> _Stack:
             raise CheckpointError(f"it has {len(paths)} stacks of layers, {', '.join(paths)}: choose one with stack")
         paths = [path for path in paths if settings.stack in path.split(".")]
         keys: tuple[str, ...] = COUNT_KEYS[settings.stack]
+    elif settings.stack is not None and settings.stack not in paths[0].split("."):
+        raise CheckpointError(f"it has one stack of layers, {paths[0]}, and no {settings.stack}: leave stack out")
     else:
-        keys = (model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers"),)
+        keys = ()
     if len(paths) != 1 or model.config.get_text_config() is not model.config:
         raise CheckpointError(f"{type(model).__name__} has its layers in a place that modelzip doesn't know")
     blocks = tuple(block.name for block in structure.blocks if block.name.rpartition(".")[0] == paths[0])

@@ -23,14 +23,13 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.streamed import StreamedModel, start
 from modelzip.checkpoints.walk import Walk
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.compressors.layer import LayerMethod
 from modelzip.compressors.settings import MethodSettings
 from modelzip.weights.value import CompressedWeight
 
 from . import solve
 from .clock import Clock
 from .hessian import accumulate, finish
-from .matrices import dense_weight, record_of, require_finite, stored_weight, written_weight
+from .matrices import dense_parts, record_of, require_finite, stored_weight, written_weight
 from .module_plan import ModulePlan, method_of, value_dtype
 from .progress import Progress
 from .serving import pooled_statistics
@@ -205,7 +204,7 @@ def survey(job: Job, checkpoint: Checkpoint) -> Any:
         return None
     (look,) = methods
     assert look is not None
-    return look((plan.settings, dense_weight(plan, checkpoint)) for plan in job.targets.values())
+    return look((plan.settings, part) for plan in job.targets.values() for part in dense_parts(plan, checkpoint))
 
 
 class _BlockWork:
@@ -258,10 +257,12 @@ class _BlockWork:
             mine = self._known.pooled.get(linear.name)
             if mine is not shared and (mine is not None or shared.is_pooled):
                 return
+            if shared.value.ndim == 1 and solve.statistic_of(self._job.targets[linear.name]) == "hessian":
+                return
             self._compress(linear, shared)
 
     def _statistics(self, linear: Linear, batches: list[int]) -> Statistic | None:
-        kind = self._method(linear).statistic
+        kind = solve.statistic_of(self._job.targets[linear.name])
         if kind == "none":
             return None
         if linear.name in self._known.pooled:
@@ -295,9 +296,6 @@ class _BlockWork:
         self._walk.pass_by(linear.name)
         self._walk.settle()
         self._clock.add("solve", begin)
-
-    def _method(self, linear: Linear) -> LayerMethod:
-        return method_of(self._job.targets[linear.name].settings)
 
 
 def _check_fallbacks(job: Job, writer: CheckpointWriter) -> None:

@@ -13,6 +13,7 @@ from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.weights.kinds import from_tensors
 from modelzip.weights.layouts import decoder
+from modelzip.weights.low_rank import LowRank
 from modelzip.weights.value import CompressedWeight
 
 from .hessian import relative_error
@@ -35,6 +36,14 @@ def dense_weight(plan: ModulePlan, checkpoint: Checkpoint) -> Tensor:
         return stored.dense(torch.float32)
     weight = checkpoint.read([plan.linear.tensor], dtype=torch.float32)[plan.linear.tensor]
     return weight.T if plan.linear.transposed else weight
+
+
+def dense_parts(plan: ModulePlan, checkpoint: Checkpoint) -> tuple[Tensor, ...]:
+    """What a method will be given of a matrix, in fp32: both factors of a product, else the matrix itself."""
+    stored = stored_weight(plan, checkpoint) if plan.before.kind == LowRank.kind else None
+    if isinstance(stored, LowRank):
+        return stored.right.dense(torch.float32), stored.left.dense(torch.float32)
+    return (dense_weight(plan, checkpoint),)
 
 
 def require_finite(weight: Tensor, linear: Linear) -> None:

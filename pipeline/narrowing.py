@@ -15,7 +15,7 @@ from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.headers import TensorInfo
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.rewrite import Rewrite, expected, opens
-from modelzip.compressors.factorize.budget import SMALLEST, ratio_for_budget
+from modelzip.compressors.factorize.budget import SMALLEST, already_small, ratio_for_budget
 from modelzip.compressors.factorize.embedding import embedding_factors, smoothed
 from modelzip.compressors.factorize.methods import low_rank
 from modelzip.compressors.factorize.settings import Embedding
@@ -89,6 +89,8 @@ def _sized(settings: Embedding, table: Table, checkpoint: Checkpoint) -> Embeddi
     target = settings.target_bytes
     if target is None:
         return settings
+    if problem := already_small(checkpoint.nbytes, target):
+        raise ProblemsError([problem])
     info, (rows, columns) = checkpoint.tensors[table.tensor], table.shape
     item = info.nbytes // (rows * columns)
 

@@ -91,11 +91,10 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
     CheckpointError if the model can't be compressed. Whether the machine has room: `room.check_machine`."""
     plans: list[Plan] = []
     problems = folder_problems(recipe, checkpoint, output)
-    for number, stage in enumerate(recipe.stages):
-        where = f"stages[{number}].{stage.kind}" if len(recipe.stages) > 1 else stage.kind
-        request = Request(recipe, stage, checkpoint, output, where, problems, sum(plan.bytes_after for plan in plans))
+    for number in range(len(recipe.stages)):
+        written = sum(plan.bytes_after for plan in plans)
         try:
-            plan = PLANNERS[stage.settings.engine](request)
+            plan = _planned(recipe, number, checkpoint, output, problems, disk_before=written)
         except ProblemsError as error:
             problems += error.sentences
             problems += _lacking_files(recipe, number + 1)  # all that can be said of stages on an unknown input
@@ -105,6 +104,33 @@ def make_plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[
     if problems:
         raise ProblemsError(problems)
     return plans
+
+
+def plan_again(foreseen: Plan, recipe: Recipe, number: int, source: Checkpoint, *, before: Checkpoint) -> Plan:
+    """The plan of a later stage on what the one before it has left: the foreseen one where that is as it was planned.
+
+    Sizes may depend on what was measured, as those of layers pruned together or of ranks chosen by energy do. before:
+    what the stage was planned on. Raises ProblemsError if the stage can't be done on what there is.
+    """
+    if _sizes(source) == _sizes(before):
+        return foreseen
+    problems: list[str] = []
+    plan = _planned(recipe, number, source, foreseen.output, problems)
+    if problems:
+        raise ProblemsError(problems)
+    return plan
+
+
+def _sizes(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+
+
+def _planned(
+    recipe: Recipe, number: int, source: Checkpoint, output: Path, problems: list[str], *, disk_before: int = 0
+) -> Plan:
+    stage = recipe.stages[number]
+    where = f"stages[{number}].{stage.kind}" if len(recipe.stages) > 1 else stage.kind
+    return PLANNERS[stage.settings.engine](Request(recipe, stage, source, output, where, problems, disk_before))
 
 
 def _lacking_files(recipe: Recipe, first: int) -> list[str]:

@@ -130,7 +130,7 @@ def _parquet(path: Path) -> Table:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise CalibrationError(f"{path} isn't a parquet file: {error}.") from None
+        raise CalibrationError(f"{path} isn't a parquet file: {str(error).rstrip('.')}.") from None
     stated = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
     features = stated.get("info", {}).get("features", {})
     classes = {name: tuple(one["names"]) for name, one in features.items() if one.get("_type") == "ClassLabel"}

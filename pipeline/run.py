@@ -12,7 +12,7 @@ import torch
 
 from modelzip.checkpoints.errors import CalibrationError, ProblemsError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.target import check_target, clean_up
+from modelzip.checkpoints.target import check_apart, check_target, clean_up
 from modelzip.evaluation.gates import parse_gates, require_measured
 from modelzip.evaluation.report import report_json, validate, write_report
 from modelzip.recipes.load import recipe_data
@@ -20,8 +20,11 @@ from modelzip.recipes.schema import Evaluation, Recipe
 
 from . import ranks
 from .calibrate import calibration_windows, evaluation_windows, shortened, window_limit
+from .called import EVALUATE, EVALUATION
 from .chain import StageDone, finished_chain, measured, run_chain
 from .checks import (
+    check_alone,
+    check_classes,
     check_comparable,
     check_comparison,
     check_kernels,
@@ -31,7 +34,7 @@ from .checks import (
     incomparable,
     report_of,
 )
-from .classify import by_labels, check_evaluation, classification_section, is_classifier
+from .classify import by_labels, check_evaluation, classification_section
 from .clock import Clock
 from .context import Context, Run
 from .early_exits import check_exits
@@ -54,10 +57,19 @@ class Result:
     report: dict[str, Any] | None
 
 
-def plan_recipe(recipe: Recipe, *, output: Path) -> list[Plan]:
-    """The plan of every stage, from headers alone. Raises what `make_plans` raises."""
+def plan_recipe(recipe: Recipe, *, output: Path, overwrite: bool = False, resume: bool = False) -> list[Plan]:
+    """The plan of every stage, from headers alone, for outputs that may be written.
+
+    Raises what `make_plans` raises, OutputError.
+    """
     checkpoint = _open(recipe)
-    return _plans(_shortened(recipe, checkpoint), checkpoint, output=output)
+    recipe = _shortened(recipe, checkpoint)
+    plans = _plans(recipe, checkpoint, output=output)
+    check_apart(output, checkpoint)
+    if not resume:  # else what is there is looked at by the run itself
+        check_target(output, overwrite=overwrite)
+        check_exports(recipe, plans[-1].result, output, fingerprint="", overwrite=overwrite, resume=False)
+    return plans
 
 
 def run_recipe(
@@ -146,7 +158,7 @@ def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:
             progress=run.context.progress,
         )
     if recipe.evaluate.enabled and recipe.evaluate.data is not None and not run.by_labels:
-        kept = evaluation_windows(recipe.evaluate, run.checkpoint, model)
+        kept = evaluation_windows(recipe.evaluate, run.checkpoint, model, called=EVALUATION)
     run.context.clock.add("text", begin)
     return calibration, kept
 
@@ -160,10 +172,10 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
     run.context.clock.add("reopen", begin)
     evaluation = measured(run, result, kept)
     modules, fallbacks = [], [*unverified, *filter(None, [incomparable(run)])]
-    for number, (plan, stage) in enumerate(zip(run.plans, done, strict=True), 1):
-        rows, sentences = module_rows(number, plan, stage.records)
+    for number, (foreseen, stage) in enumerate(zip(run.plans, done, strict=True), 1):
+        rows, sentences = module_rows(number, stage.plan, stage.records)
         modules += rows
-        fallbacks += sentences
+        fallbacks += [*sentences, *(note for note in stage.plan.notes if note not in foreseen.notes)]
     report = validate(
         {
             "modelzip": package_version("modelzip"),
@@ -175,10 +187,10 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
                 "revision": run.context.recipe.revision,
             },
             "output": str(run.output),
-            "plan": plan_summary(run.plans),
+            "plan": plan_summary([stage.plan for stage in done]),
             "calibration": calibration_section(calibration, run.context.recipe.seed),
             "modules": modules,
-            "stages": stage_rows(run.plans, done, evaluation),
+            "stages": stage_rows(done, evaluation),
             "fallbacks": fallbacks,
             "evaluation": evaluation,
             "size": size_section(run.checkpoint, result),
@@ -217,8 +229,9 @@ def _plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan
         raise
     _check_calibration(recipe)
     if recipe.evaluate.enabled:
+        results = [plan.result for plan in (plans if recipe.evaluate.each_stage else plans[-1:])]
+        check_evaluation(recipe.evaluate, results, checkpoint, called=EVALUATION)
         config = plans[-1].result.config
-        check_evaluation(recipe.evaluate, classifier=is_classifier(config))
         check_exits(recipe.evaluate, config, labelled=by_labels(recipe.evaluate, config))
     return plans
 
@@ -249,12 +262,13 @@ def evaluate_models(
     checkpoint = Checkpoint.open(model, revision=revision if against is None else None)
     original = None if against is None else Checkpoint.open(against, revision=revision)
     evaluation = shortened(evaluation, window_limit(checkpoint))
-    check_evaluation(evaluation, classifier=is_classifier(checkpoint.config))
+    check_evaluation(evaluation, [checkpoint], original, called=EVALUATE)
     labelled = by_labels(evaluation, checkpoint.config)
     check_exits(evaluation, checkpoint.config, labelled=labelled)
     check_measures(gates, checkpoint, labelled=labelled, latency=evaluation.latency)
     with torch.no_grad():
         if labelled:
+            check_classes(checkpoint, original)
             section = classification_section(
                 checkpoint, original, evaluation, dtype=dtype, device=where, progress=progress
             )
@@ -263,7 +277,9 @@ def evaluate_models(
                 check_comparable(checkpoint, original)
             network = open_running(checkpoint, dtype, where).model
             check_predicts(gates, network, checkpoint)
-            windows = evaluation_windows(evaluation, checkpoint, network)
+            if original is None:
+                check_alone(network, checkpoint)
+            windows = evaluation_windows(evaluation, checkpoint, network, called=EVALUATE)
             section = evaluation_section(checkpoint, original, windows, dtype=dtype, device=where, progress=progress)
     report = {
         "modelzip": package_version("modelzip"),

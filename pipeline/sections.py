@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.compressors.prune.structural_settings import UnitSettings
 from modelzip.weights.kinds import empty
 from modelzip.weights.layouts import MODELZIP
 
@@ -15,7 +16,9 @@ from .engines import stage_details
 from .forms import described, taken_group
 from .layer_plan import LayerPlan
 from .plans import Plan
+from .structural import StructuralPlan
 from .text import Windows
+from .unit_pruning import fell_short
 
 
 def plan_summary(plans: Sequence[Plan]) -> dict[str, Any]:
@@ -52,6 +55,8 @@ def module_rows(stage: int, plan: Plan, records: Mapping[str, Any]) -> tuple[lis
     """
     rows: list[dict[str, Any]] = []
     fallbacks: list[str] = []
+    if isinstance(plan, StructuralPlan) and isinstance(plan.settings, UnitSettings):
+        fallbacks += filter(None, [fell_short(plan.settings, records)])
     if not isinstance(plan, LayerPlan):
         return rows, fallbacks
     for module in plan.modules:
@@ -83,9 +88,7 @@ INSTEAD = {"rtn": "rounded to nearest", "magnitude": "pruned by magnitude"}
 """What is said of a method that took another's place."""
 
 
-def stage_rows(
-    plans: Sequence[Plan], done: Sequence[StageDone], evaluation: Mapping[str, Any] | None
-) -> list[dict[str, Any]]:
+def stage_rows(done: Sequence[StageDone], evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The report's `stages`: what each did and left, and what that costs. evaluation: of the last one."""
     last = len(done) - 1
     return [
@@ -95,9 +98,9 @@ def stage_rows(
             "bytes_after": stage.bytes_after,
             "seconds": stage.seconds,
             "evaluation": evaluation if number == last else stage.evaluation,
-            "details": stage_details(plan, stage.records),
+            "details": stage_details(stage.plan, stage.records),
         }
-        for number, (plan, stage) in enumerate(zip(plans, done, strict=True))
+        for number, stage in enumerate(done)
     ]
 
 

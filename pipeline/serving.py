@@ -19,7 +19,7 @@ from modelzip.weights.layouts import shared_parts
 from .hessian import finish
 from .inputs import InputSum, sums_of_inputs
 from .module_plan import ModulePlan, method_of
-from .solve import Statistic
+from .solve import Statistic, statistic_of
 
 
 def shared_after(
@@ -76,7 +76,7 @@ def pooled_statistics(
                 streamed.through(walk, block)
                 continue
             streamed.load(block)
-            whole = {name: method_of(owners[name].settings).statistic == "hessian" for name in users}
+            whole = {name: statistic_of(owners[name]) == "hessian" for name in users}
             sums = sums_of_inputs(streamed, walk, block, whole)
             streamed.free(block)
             _add(totals, {name: (owners[name].name, found) for name, found in sums.items()})

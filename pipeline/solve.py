@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modelzip.compressors.factorize.statistics import factor_hessian
-from modelzip.compressors.layer import LayerTask, UnsuitableError
+from modelzip.compressors.layer import LayerTask, StatisticKind, UnsuitableError
 from modelzip.compressors.methods import FALLBACK
 from modelzip.compressors.settings import MethodSettings
 from modelzip.weights.low_rank import Factor, LowRank
@@ -19,7 +19,7 @@ from modelzip.weights.sparse import Sparse
 from modelzip.weights.value import CompressedWeight
 
 from .forms import fitted
-from .module_plan import method_of
+from .module_plan import ModulePlan, method_of
 
 
 @dataclass
@@ -39,6 +39,18 @@ class Statistic:
     def hessian(self) -> Tensor | None:
         """The mean of x xᵀ, if that is what it is and there were tokens."""
         return self.value if self.value.ndim == 2 and self.tokens else None
+
+    @property
+    def squares(self) -> Tensor:
+        """The mean of x², [in]."""
+        return self.value if self.value.ndim == 1 else self.value.diagonal()
+
+
+def statistic_of(plan: ModulePlan) -> StatisticKind:
+    """What is gathered for a matrix: for a product all of x xᵀ, without which nothing is known of its left factor's
+    inputs."""
+    kind = method_of(plan.settings).statistic
+    return "hessian" if kind == "squares" and plan.before.kind == LowRank.kind else kind
 
 
 @dataclass(frozen=True)
@@ -93,8 +105,8 @@ def _solve(task: LayerTask, statistic: Statistic | None) -> Solved:
         if statistic is None or statistic.tokens == 0:
             raise UnsuitableError("no calibration token reached it")
         if settings not in statistic.prepared:
-            made = statistic.value if method.prepare is None else method.prepare(statistic.value, settings)
-            statistic.prepared[settings] = made
+            value = statistic.squares if method.statistic == "squares" else statistic.value
+            statistic.prepared[settings] = value if method.prepare is None else method.prepare(value, settings)
         prepared = statistic.prepared[settings]
         note = None if method.note is None else method.note(prepared, settings)
     whole = LayerTask(

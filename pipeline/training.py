@@ -18,9 +18,8 @@ from typing import Any, Final
 
 from transformers import TrainerCallback
 
-from modelzip.checkpoints.blocks import skeleton
-from modelzip.checkpoints.errors import CheckpointError, RecipeError
-from modelzip.checkpoints.index import DTYPES, Checkpoint
+from modelzip.checkpoints.errors import RecipeError
+from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.target import workspace_of
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.compressors.distill.settings import DistillSettings, Logits
@@ -42,14 +41,15 @@ from .train.made import is_new
 from .train.opening import open_student
 from .train.plan import TrainingPlan, plan_training
 from .train.rhythm import Beat, best_row, kept_row, last_checkpoint
-from .train.rounds import Named, Rounds
-from .train.student import Student, stored
+from .train.rounds import Named, Rounds, rewind_step
+from .train.student import Student
 from .train.trainer import Course, Learned, train
+from .train.written import PART, write_student
 
 __all__ = ["TrainingPlan", "plan_training", "run_training", "training_fingerprint", "training_section"]
 
-PART: Final = "student"
-"""The writer's part that holds the trained weights."""
+ATTENTION_DROPOUT: Final = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+"""What models of transformers call the share of attention probabilities that training drops."""
 
 
 def training_fingerprint(context: Context, plan: TrainingPlan) -> str:
@@ -85,7 +85,7 @@ def run_training(
         if record is None:
             learned, record = _learned(plan, student, target=target, context=context, callbacks=callbacks)
             if writer:
-                _write(writer, student, learned, record)
+                write_student(writer, student, learned, record)
         if writer:
             config = student.written_config(writer.done[PART]["forms"])
             writer.finish(config=config, files={PROVENANCE: describe(record)})
@@ -167,12 +167,12 @@ def _learned(
             work=work,
             resume_from=ranks.told(last_checkpoint(work) if ranks.is_main() else None),
             progress=Named(progress, name),
-            callbacks=[*_boards(plan), *schedules, *callbacks],
+            callbacks=[*_boards(plan, name), *schedules, *callbacks],
         )
 
     runs: list[dict[str, Any]] = []
     if isinstance(settings, Lottery):
-        matrices, rewind = tuple(student.changes), round(settings.rewind * steps)
+        matrices, rewind = tuple(student.changes), rewind_step(settings.rewind, steps)
         learned, runs = Rounds(settings, matrices, rewind, seed, work=work, make=make, trial=trial).train()
     else:
         learned = trial(lesson, work, schedules=_schedules(settings, lesson, steps))
@@ -271,7 +271,13 @@ def _attention(plan: TrainingPlan) -> str | None:
 
 
 def _trainable(plan: TrainingPlan, student: Student, *, seed: int) -> Any:
-    """The student's model at its start, with what is to be left alone."""
+    """The student's model at its start, with what is to be left alone.
+
+    Where attention is compared, none of it is dropped out: transformers gives out what dropout has left. The
+    config.json that is written keeps its own dropout.
+    """
+    if "attention" in plan.objective.reads:
+        student = replace(student, config={**student.config, **dict.fromkeys(ATTENTION_DROPOUT, 0.0)})
     model = open_student(student, seed=seed, attention=_attention(plan))
     for name, module in model.named_modules():
         if any(matches(pattern, name) for pattern in plan.frozen):
@@ -281,29 +287,10 @@ def _trainable(plan: TrainingPlan, student: Student, *, seed: int) -> Any:
     return model
 
 
-def _write(writer: CheckpointWriter, student: Student, learned: Learned, record: dict[str, Any]) -> None:
-    """The student's tensors take the place of all that its origin has."""
-    rest, changed = student.split(learned.state)
-    tensors = stored(_named(student), state=rest)
-    for module, weight in changed.items():
-        tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in weight.tensors().items()}
-    planned = student.checkpoint().tensors
-    if tensors.keys() != planned.keys():
-        strange = sorted(tensors.keys() ^ planned.keys())[0]
-        raise CheckpointError(f"{strange} was planned or trained, but not both; nothing was written.")
-    tensors = {name: tensor.to(DTYPES[planned[name].dtype]) for name, tensor in tensors.items()}
-    forms = {module: weight.meta() for module, weight in changed.items()}
-    writer.write_part(PART, tensors, replaces=student.origin.tensors, record={"training": record, "forms": forms})
-
-
-def _named(student: Student) -> Any:
-    """The student's skeleton, for its names."""
-    return skeleton(Checkpoint(student.origin.folder, dict(student.config), {}, student.origin.source))
-
-
-def _boards(plan: TrainingPlan) -> list[TrainerCallback]:
+def _boards(plan: TrainingPlan, name: str) -> list[TrainerCallback]:
+    """Curves of a training under its name: one that begins would hide those of another in the same folder."""
     if not plan.settings.tensorboard or not ranks.is_main():
         return []
     from .train.board import Board
 
-    return [Board(plan.output.with_name(f"{plan.output.name}.tensorboard"))]
+    return [Board(plan.output.with_name(f"{plan.output.name}.tensorboard") / name)]

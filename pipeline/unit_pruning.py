@@ -43,11 +43,6 @@ def _found(settings: UnitSettings, checkpoint: Checkpoint) -> tuple[Headers, lis
     return headers, find(headers.model, headers.structure)
 
 
-def units_of(settings: UnitSettings, checkpoint: Checkpoint) -> list[Units]:
-    """The heads or neurons of a checkpoint, layer by layer, as `importance` takes them. Raises CheckpointError."""
-    return _found(settings, checkpoint)[1]
-
-
 def plan_units(settings: UnitSettings, checkpoint: Checkpoint) -> list[Kept]:
     """As many units as will stay, the first ones of each layer. Raises ProblemsError, CheckpointError."""
     headers, every = _found(settings, checkpoint)
@@ -246,10 +241,30 @@ def _memory(settings: UnitSettings, checkpoint: Checkpoint, recipe: Recipe) -> i
     return whole_bytes(recipe, checkpoint) + largest + 4 * tokens * (len(headers.structure.blocks) * layer + logits)
 
 
+def fell_short(settings: UnitSettings, records: Mapping[str, Any]) -> str | None:
+    """What is said where fewer units go than the nearest whole number to the share; None where as many do."""
+    counts = [record["of"] for record in records.values()]
+    if settings.scope == "global":
+        asked = round(settings.share * sum(counts))
+    else:
+        asked = sum(count - round(count * (1 - settings.share)) for count in counts)
+    gone = _gone(records)
+    if gone >= asked:
+        return None
+    return f"{_share_gone(settings, records)} go, fewer than the share {settings.share:g} that was asked for"
+
+
+def _gone(records: Mapping[str, Any]) -> int:
+    return sum(record["of"] - record["left"] for record in records.values())
+
+
+def _share_gone(settings: UnitSettings, records: Mapping[str, Any]) -> str:
+    gone, before = _gone(records), sum(record["of"] for record in records.values())
+    return f"{gone} of {before} {settings.method} ({gone / before:.1%})"
+
+
 def _notes(settings: UnitSettings, rewrite: Rewrite) -> tuple[str, ...]:
-    before = sum(record["of"] for record in rewrite.records.values())
-    after = sum(record["left"] for record in rewrite.records.values())
-    notes = [f"{before - after} of {before} {settings.method} go ({(before - after) / before:.1%})"]
+    notes = [fell_short(settings, rewrite.records) or f"{_share_gone(settings, rewrite.records)} go"]
     if settings.scope == "global":
         notes.append("how many stay in each layer is known once they are scored; all layers together, as planned")
     if settings.needs_data:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from modelzip.checkpoints.blocks import skeleton
-from modelzip.checkpoints.errors import CheckpointError, ProblemsError
+from modelzip.checkpoints.errors import CalibrationError, CheckpointError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.rewrite import Cut, Rewrite, expected, opens, with_number
 from modelzip.checkpoints.tokenizer_files import (
@@ -29,6 +29,7 @@ from modelzip.compressors.prune.structural_settings import Vocabulary
 from modelzip.recipes.schema import Recipe
 
 from .calibrate import has_tokenizer, tokenizer_of
+from .called import CORPUS
 from .smaller import StructuralMethod, headers_of
 from .text import check_source, documents
 
@@ -40,7 +41,7 @@ AT_ONCE: Final = 64
 
 def plan_tokens(settings: Vocabulary, checkpoint: Checkpoint) -> list[int]:
     """The ids that stay, ascending. Reads the whole corpus. Raises ProblemsError, CheckpointError, CalibrationError."""
-    check_source(settings.corpus, field=settings.corpus_field)
+    check_source(settings.corpus, field=settings.corpus_field, called=CORPUS)
     tokenizer = _tokenizer(checkpoint)
     data = json.loads(tokenizer.to_str())
     model = headers_of(checkpoint).model
@@ -49,21 +50,24 @@ def plan_tokens(settings: Vocabulary, checkpoint: Checkpoint) -> list[int]:
     over = [name for name, index in vocabulary.items() if index >= rows]
     if over:
         raise CheckpointError(f"its tokenizer has the token {over[0]!r}, for which the model has no row")
-    counts, characters = count_tokens(tokenizer, texts(Path(settings.corpus), settings.corpus_field))
+    corpus = Path(settings.corpus)
+    if not any(text.strip() for text in texts(corpus, settings.corpus_field)):
+        raise CalibrationError(f"{corpus} holds no text: give a corpus of what the model will read.")
+    counts, characters = count_tokens(tokenizer, texts(corpus, settings.corpus_field))
     named = {index for index in token_ids({**model.config.to_dict(), **checkpoint.config}) if index < rows}
     always = always_kept(data, characters) | named
     kept = tokens_to_keep(counts, always, min_count=settings.min_count, most=settings.max_tokens)
     every = sorted(with_derivations(data, kept))
     if len(every) >= rows:
-        raise ProblemsError(
-            [f"{settings.corpus} uses all {rows} tokens, so none can go: raise min_count or lower max_tokens"]
-        )
+        fixed = len(with_derivations(data, always))
+        used = f", and {corpus} uses the others: raise min_count or lower max_tokens" if fixed < rows else ""
+        raise ProblemsError([f"none of the {rows} tokens can go: {fixed} are special or spell any text{used}"])
     return every
 
 
 def texts(corpus: Path, field: str) -> Iterator[str]:
     """The documents of a corpus, long ones cut at a line's end, so that none takes much memory."""
-    for document in documents(corpus, field):
+    for document in documents(corpus, field, called=CORPUS):
         start = 0
         while len(document) - start > LONGEST:
             end = document.rfind("\n", start, start + LONGEST)

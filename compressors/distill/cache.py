@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .logits import Direction, divergence, mean_where
+from .logits import Direction, divergence
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,13 @@ def top_logits(logits: Tensor, *, k: int, temperature: float = 1.0) -> TopLogits
     return TopLogits(indices.to(torch.int32), values, rest, temperature)
 
 
-def cached_logits(
-    student: Tensor, teacher: TopLogits, kept: Tensor | None = None, *, direction: Direction = "forward"
-) -> Tensor:
-    """T² times the KL over k + 1 classes: the teacher's k likeliest tokens, and all others as one.
-
-    student: logits [..., vocabulary]. kept: bool [...], which positions count. It is never more than the KL over the
-    whole vocabulary (log-sum inequality), equals it where k is the vocabulary, and unlike a renormalised top k it pulls
-    the student's probability away from the tokens that aren't listed. Teacher's probabilities are rounded to fp16 and
-    made to sum to 1 again.
-    """
-    if kept is not None:
-        student, teacher, kept = student[kept], teacher[kept], None
-        if not len(student):
-            return student.sum()
-    return mean_where(cached_divergence(student, teacher, direction=direction), kept)
-
-
 def cached_divergence(student: Tensor, teacher: TopLogits, *, direction: Direction = "forward") -> Tensor:
-    """The same for each position, [...]."""
+    """T² times the KL of each position, [...], over k + 1 classes: the teacher's k likeliest tokens, and all others.
+
+    student: logits [..., vocabulary]. The loss is never more than the KL over the whole vocabulary (log-sum
+    inequality), equals it where k is the vocabulary, and unlike a renormalised top k it pulls the student's probability
+    away from the tokens that aren't listed. Teacher's probabilities are rounded to fp16 and made to sum to 1 again.
+    """
     logs = torch.log_softmax(student.float() / teacher.temperature, -1)
     indices = teacher.indices.long()
     ours, theirs = logs.gather(-1, indices), teacher.values.float()

@@ -1,4 +1,4 @@
-"""Losses between what two models say: soft labels, their mix with hard ones, and the exits of one model."""
+"""Losses between what two models say, item by item: soft labels, hard ones, their mix, and the exits of one model."""
 
 from __future__ import annotations
 
@@ -38,41 +38,30 @@ def divergence(student: Tensor, teacher: Tensor, direction: Direction) -> Tensor
 
 
 def soft_logits(
-    student: Tensor,
-    teacher: Tensor,
-    kept: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    direction: Direction = "forward",
+    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, direction: Direction = "forward"
 ) -> Tensor:
-    """T² times the KL between the two softmaxes at temperature T, mean over examples or over kept tokens.
+    """T² times the KL between the two softmaxes at temperature T, of each item.
 
-    student, teacher: logits [..., classes], computed in fp32. kept: bool [...], which positions count.
-    T² keeps the gradient's size when T changes. Hinton et al. 2015, "Distilling the Knowledge in a Neural Network",
-    section 2; their cross-entropy differs from the forward KL by the teacher's entropy, which has no gradient.
+    student, teacher: logits [..., classes], computed in fp32 -> [...]. T² keeps the gradient's size when T changes.
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2; their cross-entropy differs from the
+    forward KL by the teacher's entropy, which has no gradient.
     """
-    if kept is not None:
-        student, teacher, kept = student[kept], teacher[kept], None
-        if not len(student):
-            return student.sum()
     ours, theirs = (torch.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
-    return temperature**2 * divergence(ours, theirs, direction).mean()
+    return temperature**2 * divergence(ours, theirs, direction)
 
 
-def logit_error(student: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Squared distance of the logits [..., classes], summed over classes, mean over examples or kept positions.
+def logit_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of the logits [..., classes] of each item, [...].
 
     Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2.
     """
-    return mean_where((student.float() - teacher.float()).square().sum(-1), kept)
+    return (student.float() - teacher.float()).square().sum(-1)
 
 
 def hard_labels(student: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits [..., classes] with labels [...], mean over those that aren't -100; 0 if all are."""
-    losses = F.cross_entropy(
-        student.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    ).reshape(labels.shape)
-    return mean_where(losses, labels != IGNORED)
+    """Cross-entropy of logits [..., classes] with labels, int64 [...], of each item, [...]; 0 where they are -100."""
+    flat = F.cross_entropy(student.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view(labels.shape)
 
 
 def mixed(soft: Tensor, hard: Tensor, alpha: float) -> Tensor:
@@ -80,12 +69,11 @@ def mixed(soft: Tensor, hard: Tensor, alpha: float) -> Tensor:
     return alpha * soft + (1 - alpha) * hard
 
 
-def self_distillation(exits: Sequence[Tensor], teacher: Tensor, *, direction: Direction = "reverse") -> Tensor:
-    """Sum over exits of the mean KL between each exit's softmax and that of the last classifier.
+def self_distillation(exits: Sequence[Tensor], last: Tensor, *, direction: Direction = "reverse") -> Tensor:
+    """Sum over exits of the KL between each exit's softmax and that of the last classifier, of each example, [batch].
 
-    exits: logits [batch, classes] of each student classifier; teacher: those of the whole model, which get no gradient.
-    Liu et al. 2020, "FastBERT", equations 5 and 6: KL(student ‖ teacher), which is `reverse`; the code that the authors
+    exits: logits [batch, classes] of each exit; last: those of the last classifier, which get no gradient.
+    Liu et al. 2020, "FastBERT", equations 5 and 6: KL(exit ‖ last), which is `reverse`; the code that the authors
     published computes the other direction.
     """
-    terms = [soft_logits(logits, teacher.detach(), direction=direction) for logits in exits]
-    return torch.stack(terms).sum()
+    return torch.stack([soft_logits(logits, last.detach(), direction=direction) for logits in exits]).sum(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -187,9 +187,10 @@ class Logits(PupilSettings):
         default="forward",
         description="Which KL is made small; forward: KL(teacher ‖ student), reverse: KL(student ‖ teacher).",
     )
-    signals: Mapping[str, float] = Field(
+    signals: Mapping[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="More that is learned from the teacher, each with its weight, such as hidden: 1.",
+        json_schema_extra={"allowed": "names of signals, each with a weight above 0"},
     )
     layer_map: Literal["uniform", "last"] | tuple[int, ...] = Field(
         default="uniform",

@@ -20,14 +20,15 @@ class Signal:
 
     loss: of the student's tensor, the teacher's, and kept (bool [batch, length]) or None -> a scalar.
     reads: what is handed to it; embeddings: the output of the embedding layer; hidden: the hidden states of one mapped
-    layer after the other; last: those of the last layers; attention: the probabilities of one mapped layer after the
-    other, from attn_implementation="eager".
+    layer after the other; inner: the same but for the student's last layer, whose states become its logits; last: those
+    of the last layers; attention: the probabilities of one mapped layer after the other, from
+    attn_implementation="eager".
     projected: whether the student's tensor goes through a learned projection first if the widths differ; without, the
     widths must be equal. Attention needs equal numbers of heads.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    reads: Literal["embeddings", "hidden", "last", "attention"]
+    reads: Literal["embeddings", "hidden", "inner", "last", "attention"]
     projected: bool
     citation: str
 
@@ -38,7 +39,7 @@ SIGNALS: Final[Mapping[str, Signal]] = MappingProxyType(
         "embeddings": Signal(hidden_states, "embeddings", True, 'Jiao et al. 2020, "TinyBERT", equation 9'),
         "attention": Signal(attention_error, "attention", False, 'Jiao et al. 2020, "TinyBERT", equation 7'),
         "attention-kl": Signal(attention_divergence, "attention", False, 'Sun et al. 2020, "MobileBERT"'),
-        "patient": Signal(patient, "hidden", False, 'Sun et al. 2019, "Patient Knowledge Distillation", equation 7'),
+        "patient": Signal(patient, "inner", False, 'Sun et al. 2019, "Patient Knowledge Distillation", equation 7'),
         "cosine": Signal(cosine, "last", True, 'Sanh et al. 2019, "DistilBERT", section 3'),
     }
 )
@@ -49,7 +50,8 @@ def layer_map(student_layers: int, teacher_layers: int, kind: LayerMap = "unifor
 
     So the numbers are indices into `hidden_states`, where 0 is the embeddings; less 1, into `attentions`.
     uniform: layer m from ⌈m · teacher / student⌉, so that the last learns from the last (Jiao et al. 2020, section 4.1:
-    3, 6, 9, 12 for 4 of 12). last: from the teacher's last layers, one by one (Sun et al. 2019, "PKD-Last").
+    3, 6, 9, 12 for 4 of 12). last: from the teacher's last layers, one by one. Without the student's last layer, which
+    `patient` leaves out, these are PKD-Skip (2, 4, 6, 8, 10 for 6 of 12) and PKD-Last (7 to 11) of Sun et al. 2019.
     A sequence: as given. Raises ValueError if a layer would have no teacher or the layers would be out of order.
     """
     if student_layers < 1:

@@ -9,6 +9,13 @@ CLOSEST: Final = 1 - 1e-6
 SMALLEST: Final = 1e-6
 
 
+def already_small(nbytes: int, budget: int) -> str | None:
+    """What is said where the model's bytes are within the budget before anything is done; None where they aren't."""
+    if nbytes > budget:
+        return None
+    return f"the model weighs {nbytes / 1e6:,.2f} MB already, and target_size is {budget / 1e6:,.2f} MB: ask for less"
+
+
 def ratio_for_budget(bytes_at: Callable[[float], int], budget: int) -> float | None:
     """The largest ratio above 0 and below 1 at which the model's bytes are within the budget; None if none is.
 

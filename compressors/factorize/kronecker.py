@@ -19,6 +19,7 @@ from torch import Tensor
 
 from modelzip.compressors.layer import UnsuitableError
 
+from .divisors import divisors
 from .settings import Kronecker
 from .spectrum import affordable_rank, chosen_rank, rank_for_ratio, spectrum, squared_singular_values
 
@@ -64,7 +65,7 @@ def shapes(shape: tuple[int, int], settings: Kronecker) -> list[tuple[int, int]]
         if shape[0] % named[0] or shape[1] % named[1]:
             raise UnsuitableError(f"shape {settings.shape} doesn't divide its {shape[0]} rows and {shape[1]} columns")
         return [named]
-    every = product(_divisors(shape[0]), _divisors(shape[1]))
+    every = product(divisors(shape[0]), divisors(shape[1]))
     size_of = {first: size for first in every if affordable_rank(size := sides(shape, first)) > 0}
     if not size_of:
         raise UnsuitableError(f"no Kronecker factors of its {shape[0]} rows and {shape[1]} columns cost less than it")
@@ -72,10 +73,6 @@ def shapes(shape: tuple[int, int], settings: Kronecker) -> list[tuple[int, int]]
     if not small:
         return [min(size_of, key=lambda first: sum(size_of[first]))]
     return sorted(small, key=lambda first: _worst_case(size_of[first], settings))[:TRIED]
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _share(settings: Kronecker) -> float:

@@ -81,11 +81,3 @@ class LeastSquares:
             raise UnsuitableError(f"the sum of the layers' Hessians isn't positive definite with damping {damping:g}")
         change: Tensor = torch.cholesky_solve(differences.T, factor).T
         return (mean + change).float()
-
-
-def least_squares(layers: Iterable[tuple[Tensor, Tensor]], *, damping: float) -> Tensor:
-    """The weight [out, in], fp32, that serves one or more layers (W_l, H_l) best: see `LeastSquares`."""
-    fit = LeastSquares()
-    for weight, hessian in layers:
-        fit.add(weight, hessian)
-    return fit.solve(damping=damping)

@@ -19,12 +19,12 @@ Where this differs from the paper and the authors' code, and why:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from modelzip.compressors.damping import ladder
 from modelzip.compressors.layer import UnsuitableError
 
 from .settings import FactorizeSettings
@@ -53,8 +53,7 @@ def whitening(hessian: Tensor, *, damping: float, max_damping: float) -> Whiteni
         raise UnsuitableError("the Hessian isn't finite: an activation overflowed")
     alive = diagonal > 0
     mean = float(diagonal[alive].mean()) if alive.any() else 1.0
-    steps = math.ceil(2 * math.log10(max_damping / damping) - 1e-9)
-    rungs = [*(damping * 10 ** (step / 2) for step in range(steps)), max_damping]
+    rungs = ladder(damping, max_damping)
     for rung in rungs:
         damped = hessian.to(torch.float64, copy=True)
         damped.diagonal().add_(rung * mean)

@@ -17,6 +17,7 @@ from functools import partial
 
 from torch import Tensor
 
+from .divisors import divisors
 from .settings import TensorTrain
 from .spectrum import rank_for_loss, spectrum
 
@@ -26,7 +27,7 @@ def modes(size: int, dims: int) -> tuple[int, ...]:
     parts: list[int] = []
     for left in range(dims, 1, -1):
         even = size ** (1 / left)
-        parts.append(min(_divisors(size), key=partial(_apart, even)))
+        parts.append(min(divisors(size), key=partial(_apart, even)))
         size //= parts[-1]
     return tuple(sorted([*parts, size], reverse=True))
 
@@ -111,8 +112,3 @@ def tt_svd(
 
 def _apart(one: float, other: float) -> float:
     return abs(math.log(one / other))
-
-
-def _divisors(number: int) -> list[int]:
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return sorted({*small, *(number // divisor for divisor in small)})

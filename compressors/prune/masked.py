@@ -10,9 +10,10 @@ from modelzip.weights.sparse import Sparse
 
 
 class MaskedLinear(nn.Module):
-    """y = x (W ⊙ M)ᵀ + b. Weights that aren't kept count nothing and get no gradient, but hold their last value.
+    """y = x (W ⊙ M)ᵀ + b. Weights that aren't kept count nothing and get no gradient, but stay there.
 
-    So that a mask which lets one of them back finds it where it was, as Zhu & Gupta 2017 (section 3) have it.
+    A mask that lets one of them back finds it where it was (Zhu & Gupta 2017, section 3), but for what an optimizer's
+    momentum and weight decay have moved it since, as they do in the authors' code.
     kept: bool [out, in], all without. dtype: of the stored values at the end, the weight's own without.
     """
 

@@ -16,10 +16,12 @@ class PruneTrainingSettings(TaughtSettings):
 
     @model_validator(mode="after")
     def _a_teacher_teaches(self) -> Self:
-        fields = type(self).model_fields
-        given = [name for name in ("alpha", "temperature") if getattr(self, name) != fields[name].default]
-        if self.teacher is None and given:
-            raise ValueError(f"{given[0]} says how a teacher is learned from: name a teacher, or leave it out")
+        """Refuse what only a teacher needs; a recipe with every default written out says `teacher: null` as well."""
+        fields, given = type(self).model_fields, self.model_fields_set
+        for name in ("alpha", "temperature"):
+            is_default = getattr(self, name) == fields[name].default
+            if self.teacher is None and name in given and not (is_default and "teacher" in given):
+                raise ValueError(f"{name} says how a teacher is learned from: name a teacher, or leave it out")
         return self
 
     @property
@@ -91,13 +93,20 @@ class Movement(ScheduledSettings):
             raise ValueError(f"{name} needs masking: threshold; with masking: top, sparsity says how many weights go")
         if self.masking == "threshold" and not self.penalty:
             raise ValueError("masking: threshold prunes nothing without a penalty: give one")
+        if self.masking == "threshold" and self.sparsity != type(self).model_fields["sparsity"].default:
+            raise ValueError("with masking: threshold, penalty decides how many weights go: leave sparsity out")
         return self
+
+    @property
+    def label(self) -> str:
+        """Method and sparsity, where that is what was asked for."""
+        return super().label if self.masking == "top" else f"{self.method}-soft"
 
 
 class Lottery(PruneTrainingSettings):
     """The winning ticket: train, prune the smallest, put the rest back to the start, and again."""
 
-    summary: ClassVar[str] = "Train, prune and rewind in rounds: a sparse mask over the weights that the model had."
+    summary: ClassVar[str] = "Train, prune and rewind in rounds, and train what is left from its start once more."
     citation: ClassVar[str] = (
         'Frankle & Carbin 2019, "The Lottery Ticket Hypothesis"; Chen et al. 2020, "The Lottery Ticket Hypothesis for '
         'Pre-trained BERT Networks"'
@@ -109,7 +118,10 @@ class Lottery(PruneTrainingSettings):
         default=0.2, gt=0, lt=1, description="Share of the weights that are left which each round prunes."
     )
     rewind: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of the steps to which weights are put back; 0: to the very start."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the steps, at least one, to which weights are put back; 0: to the very start.",
     )
     scope: Literal["local", "global"] = Field(
         default="global", description="Where weights are compared; local: in each matrix, global: over all of them."

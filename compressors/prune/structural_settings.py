@@ -144,6 +144,19 @@ class Layers(StructuralSettings):
             raise ValueError(f"give one of keep, drop, every and count, not {' and '.join(given) or 'none of them'}")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_is_idle(self) -> Self:
+        """Refuse what only a choice by `count` needs; a recipe with every default written out says `count: null`."""
+        given, is_greedy = self.model_fields_set, self.count is not None and self.criterion == "greedy"
+        for name, is_used, use in (
+            ("criterion", self.count is not None, "chooses the layers that go with count: give count"),
+            ("loss", is_greedy, "is what the criterion greedy goes by: set that"),
+        ):
+            is_default = getattr(self, name) == type(self).model_fields[name].default
+            if not is_used and name in given and not (is_default and "count" in given):
+                raise ValueError(f"{name} {use}, or leave {name} out")
+        return self
+
     @property
     def needs_data(self) -> bool:
         """Only a criterion looks at text."""

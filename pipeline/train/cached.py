@@ -40,13 +40,17 @@ def top_k(settings: Logits) -> int:
     return settings.top_k or TOP_K
 
 
+def cache_root(settings: Logits) -> Path:
+    """Where all caches lie."""
+    assert settings.cache is not None
+    return cache_folder() / "logits" if settings.cache == "auto" else Path(settings.cache).expanduser()
+
+
 def cache_of(settings: Logits, teacher: Checkpoint, material: Material, *, ids: Tensor | None = None) -> Path:
     """The folder of what this teacher says of these tokens. Another teacher or another setting has another folder.
 
     The teacher is told by its headers and by its files' sizes and times. ids: its own ids of the material's tokens.
     """
-    assert settings.cache is not None
-    root = cache_folder() / "logits" if settings.cache == "auto" else Path(settings.cache).expanduser()
     files = sorted({info.file for info in teacher.tensors.values()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     of = [VERSION, header_hash(teacher), stats, settings.temperature, top_k(settings)]
@@ -54,7 +58,7 @@ def cache_of(settings: Logits, teacher: Checkpoint, material: Material, *, ids: 
     digest = hashlib.sha256(json.dumps(of).encode())
     for row in material.rows:
         digest.update(json.dumps(row, sort_keys=True).encode())
-    return root / digest.hexdigest()[:32]
+    return cache_root(settings) / digest.hexdigest()[:32]
 
 
 def missing(folder: Path, examples: int) -> list[int]:

@@ -107,6 +107,12 @@ def _changes(
     counts = entries_kept([now[linear.name] for linear in linears], settings)
     made = {}
     for linear, count in zip(linears, counts, strict=True):
+        if linear.sharers:
+            problems.add(
+                f"{linear.name} serves {linear.sharers[0]} too, and {settings.method} would take them apart: leave it "
+                "out with --ignore, or do this first and share the layers then."
+            )
+            break
         before = now[linear.name]
         taken, note = (settings, "") if holds_codes(before) else fitted(settings, linear.shape[1])
         if note:
@@ -141,8 +147,6 @@ def _check_codes(
     weights: Mapping[str, CompressedWeight], made: Mapping[str, Change], student: Checkpoint, problems: Problems
 ) -> None:
     """What holds integers and isn't learned by this method can't be carried through a training."""
-    if (student.quantization or {}).get("shared"):
-        problems.add(f"{student.source} has modules that share their weights, which would come apart: train it first.")
     for name, weight in weights.items():
         if name not in made and holds_codes(weight):
             problems.add(

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
 
+from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.compressors.distill.settings import DistillSettings
+from modelzip.compressors.distill.settings import DistillSettings, Logits
 from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Lsq, Sequence
 from modelzip.recipes.schema import Recipe, Stage
 from modelzip.weights.exits import ExitsConfig
 
-from .fit import Problems
+from ..calibrate import longest
+from ..classify import by_labels
+from .cached import cache_root
+from .fit import Problems, shell
 from .made import is_new
-from .student import untrainable
+from .student import Student, untrainable
 
 
 def check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
@@ -53,4 +59,29 @@ def check_origin(
         problems.add(
             f"its student is made of the teacher {teacher.source}, so {source.source} would not be used: give the "
             "teacher as the model, and leave teacher out."
+        )
+
+
+def check_cache(settings: Logits, folders: Mapping[str, Path], problems: Problems) -> None:
+    """A cache must not lie in a folder of these, which are named by what they hold."""
+    if settings.cache is None:
+        return
+    root = cache_root(settings).resolve()
+    for name, folder in folders.items():
+        if (place := folder.expanduser().resolve()) == root or place in root.parents:
+            problems.add(f"cache: {settings.cache} lies in the folder of {name} ({place}): name another folder.")
+            return
+
+
+def check_windows(student: Student, recipe: Recipe, problems: Problems) -> None:
+    """A student of fewer positions than its teacher must take the windows of text that it will be measured on."""
+    if not recipe.evaluate.enabled or by_labels(recipe.evaluate, student.config):
+        return
+    own = recipe.evaluate.data is not None
+    name, length = ("evaluate", recipe.evaluate.seq_len) if own else ("calibration", recipe.calibration.seq_len)
+    mine, theirs = (longest(skeleton(one)) for one in (shell(student), student.origin))
+    if mine < min(length, theirs):
+        problems.add(
+            f"the student takes at most {mine} tokens, and windows of {length} measure it: set {name}.seq_len to "
+            f"{mine}, or leave the evaluation out."
         )

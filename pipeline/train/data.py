@@ -17,11 +17,13 @@ from modelzip.compressors.distill.logits import IGNORED
 from modelzip.compressors.distill.settings import DistillSettings
 from modelzip.compressors.distill.settings_students import Sequence as Written
 
+from ..called import PROMPTS, TRAINING
 from ..labelled import LABELS, Examples, count_cut, encode, find_columns, read_examples
+from ..padding import Padding
 from ..rows import read_table
 from ..text import check_source, read_windows
 from .lesson import Predicts
-from .material import Masking, Material, Padding
+from .material import Masking, Material
 
 ALL: Final = 1 << 24
 """More windows than any text file has."""
@@ -81,7 +83,7 @@ def read_data(
     if labels is None:
         labels = _has_labels(settings, source, split)
     if labels:
-        found = read_examples(source, split=split, text=text, pair=pair, label=label, names=names)
+        found = read_examples(source, split=split, text=text, pair=pair, label=label, names=names, called=TRAINING)
     else:
         found = _read_texts(source, split, text=text, pair=pair)
     return Data(source, split, text, found)
@@ -89,7 +91,7 @@ def read_data(
 
 def _read_texts(source: str, split: str, *, text: str, pair: str) -> Examples:
     table = read_table(source, split=split)
-    columns = find_columns(table.columns, source, text=text, pair=pair, label=table.columns[0])
+    columns = find_columns(table.columns, source, text=text, pair=pair, label=table.columns[0], called=TRAINING)
     texts: list[str] = []
     pairs: list[str] = []
     for where, row in table.rows:
@@ -107,18 +109,27 @@ def running_text(settings: DistillSettings, source: str, split: str) -> Data:
     """A text that will be cut into windows. Raises CalibrationError if it is missing or empty."""
     column = settings.text_column or "text"
     if Path(source).suffix in (".tsv", ".csv"):
+        known = settings.task == "language-modelling" or isinstance(settings, Written)
+        problem = "is a table" if known else "holds no labels"
+        mend = "give such a file" if known else "name the column of the labels by label_column, or give such a file"
         raise CalibrationError(
-            f"{source} holds no labels and running text comes from .txt, .jsonl or .parquet files: name the column "
-            "of the labels by label_column, or give such a file."
+            f"{source} {problem}, and running text comes from .txt, .jsonl or .parquet files: {mend}."
         )
-    check_source(source, field=column)
+    check_source(source, field=column, called=TRAINING)
     return Data(source, split, column, None)
 
 
 def prompts_of(data: Data, tokenizer: Any, *, length: int) -> Tensor:
     """The beginnings of texts, int64 [any, length], of `data.written` texts at most. Raises CalibrationError."""
     return read_windows(
-        data.source, tokenizer, field=data.column, split=data.split, count=data.written, seq_len=length, least=1
+        data.source,
+        tokenizer,
+        field=data.column,
+        split=data.split,
+        count=data.written,
+        seq_len=length,
+        least=1,
+        called=PROMPTS,
     ).tokens
 
 
@@ -149,6 +160,7 @@ def material_of(
             count=ALL // max_length,
             seq_len=max_length,
             least=1,
+            called=TRAINING,
         )
         ones = [1] * max_length
         rows = [{"input_ids": row, "attention_mask": ones} for row in windows.tokens.tolist()]

@@ -13,10 +13,10 @@ from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Seq
 from modelzip.compressors.distill.signals import SIGNALS, layer_map
 
 from ..calibrate import is_causal, longest, tokenizer_of
+from ..padding import padding_of
 from ..tokens import is_retokenized, same_tokens, vocabulary_size
 from .data import Data
 from .lesson import Objective, Predicts
-from .material import padding_of
 from .student import Student, class_names, is_classifier
 
 T = TypeVar("T")
@@ -113,7 +113,9 @@ def _check_signals(settings: Logits, model: Any, judge: Any, problems: Problems)
                 f"the signal {name} compares heads, and the student has {mine.num_attention_heads}, the teacher "
                 f"{theirs.num_attention_heads}: leave it out."
             )
-        if signal.reads in ("hidden", "last") and not signal.projected and mine.hidden_size != theirs.hidden_size:
+        if signal.reads == "inner" and mine.num_hidden_layers == 1:
+            problems.add(f"the signal {name} leaves out the last layer, and the student has no other: take hidden.")
+        if signal.reads != "attention" and not signal.projected and mine.hidden_size != theirs.hidden_size:
             problems.add(
                 f"the signal {name} needs equal widths, and the student has {mine.hidden_size}, the teacher "
                 f"{theirs.hidden_size}: take hidden, which has a projection."
@@ -153,6 +155,11 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
             f"{student.origin.source} has no padding token, without which texts can't be learned in batches: set "
             "pad_token in its tokenizer_config.json."
         )
+    if reads_whole_texts(model) and _lacks_end(tokenizer, model.config):
+        problems.add(
+            f"a {type(model).__name__} reads a text by its end, and the tokenizer of {student.origin.source} appends "
+            "no end-of-sequence token: let the post_processor in its tokenizer.json append one."
+        )
     if isinstance(settings, FastBert) and tokenizer.padding_side != "right":
         problems.add(
             f"the tokenizer of {student.origin.source} fills texts up on the left, and exits read the first token: set "
@@ -175,6 +182,11 @@ def check_tokens(settings: DistillSettings, student: Student, teacher: Checkpoin
             _check_vocabularies(student, teacher, tokenizer.get_vocab(), other.get_vocab(), problems)
 
 
+def _lacks_end(tokenizer: Any, config: Any) -> bool:
+    """Whether texts end without the token at whose place transformers' encoder-decoder classifiers read them."""
+    return config.is_encoder_decoder and config.eos_token_id not in tokenizer("a")["input_ids"]
+
+
 def _check_vocabularies(
     student: Student, teacher: Checkpoint, mine: dict[str, int], theirs: dict[str, int], problems: Problems
 ) -> None:
@@ -195,7 +207,9 @@ def _check_vocabularies(
 def check_extras(
     settings: DistillSettings, objective: Objective, data: Data, validation: Data | None, problems: Problems
 ) -> None:
-    """What a cache and a baseline need."""
+    """What a cache, a baseline and a choice by accuracy need."""
+    if settings.kept == "accuracy" and objective.predicts == "number":
+        problems.add("keep: accuracy: this model predicts a number, which has a loss alone: take keep: loss.")
     if isinstance(settings, Logits) and settings.cache is not None:
         if objective.predicts == "masked-token":
             problems.add("cache: every epoch hides other tokens, of which the teacher says other things: leave it out.")

@@ -7,12 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelzip.compressors.distill.cache import cached_divergence
 from modelzip.compressors.distill.hidden import Projection
-from modelzip.compressors.distill.logits import IGNORED, Direction, divergence, next_labels
+from modelzip.compressors.distill.logits import (
+    IGNORED,
+    Direction,
+    hard_labels,
+    logit_error,
+    mixed,
+    next_labels,
+    self_distillation,
+    soft_logits,
+)
 from modelzip.compressors.distill.signals import SIGNALS, Signal
 
 from .cached import taken
@@ -100,7 +108,7 @@ class Lesson(nn.Module):
             soft = cached_divergence(logits, cached, direction=self.objective.direction)
         elif heard is not None and self.objective.alpha is not None:
             theirs, _, _ = _items(heard.logits, None, batch["input_ids"], kept, self.objective.predicts)
-            soft = _soft(logits, theirs, self.objective)
+            soft = self._soft(logits, theirs)
         loss = self._loss(logits, targets, soft)
         items = counted.sum(1)
         whole = torch.where(counted, loss, 0.0).sum(1)
@@ -114,18 +122,15 @@ class Lesson(nn.Module):
         return found
 
     def _exits(self, batch: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
-        """The sum over exits of their KL from the last classifier; `correct` is the mean over exits.
-
-        Liu et al. 2020, "FastBERT", equations 5 and 6.
-        """
+        """What `self_distillation` says of each example; `correct` is the mean over exits."""
         if self.training:
             said = self.student(**batch)
             every = (*said.exit_logits, said.logits)
         else:
             every = self.student.every_exit(**batch)
-        *exits, last = (torch.log_softmax(logits.float(), -1) for logits in every)
-        losses = torch.stack([divergence(one, last.detach(), self.objective.direction) for one in exits])
-        found = {"loss": losses.sum(0), "items": torch.ones_like(last[:, 0], dtype=torch.int64)}
+        *exits, last = every
+        loss = self_distillation(exits, last, direction=self.objective.direction)
+        found = {"loss": loss, "items": torch.ones_like(loss, dtype=torch.int64)}
         if labels is not None:
             found["correct"] = torch.stack([(one.argmax(-1) == labels).double() for one in exits]).mean(0)
         return found
@@ -133,23 +138,32 @@ class Lesson(nn.Module):
     def _asked(self) -> dict[str, bool]:
         reads = self.objective.reads
         asked = {}
-        if reads & {"hidden", "last", "embeddings"}:
+        if reads & {"hidden", "inner", "last", "embeddings"}:
             asked["output_hidden_states"] = True
         if "attention" in reads:
             asked["output_attentions"] = True
         return asked
 
     def _loss(self, logits: Tensor, targets: Tensor | None, soft: Tensor | None) -> Tensor:
-        """[batch, items]"""
+        """[batch, items]; a number's label is compared as a logit."""
         one = self.objective
-        hard = None if targets is None else _hard(logits, targets, one.predicts)
+        hard = None
+        if targets is not None:
+            hard = logit_error(logits, targets[..., None]) if one.predicts == "number" else hard_labels(logits, targets)
         if soft is None or one.alpha is None:
             assert hard is not None
             return hard
-        return soft if hard is None else one.alpha * soft + (1 - one.alpha) * hard
+        return soft if hard is None else mixed(soft, hard, one.alpha)
+
+    def _soft(self, logits: Tensor, theirs: Tensor) -> Tensor:
+        """How far the student is from the teacher, [batch, items]; numbers have no distribution to compare."""
+        one = self.objective
+        if one.predicts == "number" or one.compares == "error":
+            return logit_error(logits, theirs)
+        return soft_logits(logits, theirs, temperature=one.temperature, direction=one.direction)
 
     def _signals(self, said: Any, heard: Any, kept: Tensor | None) -> Tensor:
-        """The weighted sum of the signals, a mean over tokens or examples."""
+        """The weighted sum of the signals, each a mean over layers and over tokens or examples."""
         total = torch.zeros((), device=kept.device if kept is not None else None)
         for name, weight in sorted(self.objective.signals.items()):
             signal = SIGNALS[name]
@@ -177,33 +191,13 @@ def _items(
     return logits, labels, labels != IGNORED
 
 
-def _hard(logits: Tensor, targets: Tensor, predicts: Predicts) -> Tensor:
-    """Cross-entropy with the labels, squared error of a number; [batch, items]"""
-    if predicts == "number":
-        return (logits[..., 0].float() - targets.float()).square()
-    flat = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return flat.view(targets.shape)
-
-
-def _soft(logits: Tensor, theirs: Tensor, objective: Objective) -> Tensor:
-    """T² times the KL of each item, [batch, items]; of a number, and where it is asked for, the squared error.
-
-    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2; Tang et al. 2019, "Distilling
-    Task-Specific Knowledge from BERT into Simple Neural Networks", section 3.2.
-    """
-    if objective.predicts == "number" or objective.compares == "error":
-        return (logits.float() - theirs.float()).square().sum(-1)
-    heat = objective.temperature
-    mine, teachers = (torch.log_softmax(one.float() / heat, -1) for one in (logits, theirs))
-    return heat**2 * divergence(mine, teachers, objective.direction)
-
-
 def _pairs(signal: Signal, said: Any, heard: Any, layers: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
     """The student's tensor and the teacher's, for each layer that the signal looks at."""
     if signal.reads == "embeddings":
         return [(said.hidden_states[0], heard.hidden_states[0])]
     if signal.reads == "last":
         return [(said.hidden_states[-1], heard.hidden_states[-1])]
-    if signal.reads == "hidden":
-        return [(said.hidden_states[own], heard.hidden_states[layer]) for own, layer in enumerate(layers, start=1)]
+    if signal.reads in ("hidden", "inner"):
+        mapped = layers if signal.reads == "hidden" else layers[:-1]
+        return [(said.hidden_states[own], heard.hidden_states[layer]) for own, layer in enumerate(mapped, start=1)]
     return [(said.attentions[own], heard.attentions[layer - 1]) for own, layer in enumerate(layers)]

@@ -18,11 +18,12 @@ from modelzip.compressors.distill.settings_students import Sequence
 from .. import ranks
 from ..calibrate import tokenizer_of
 from ..context import Context
+from ..padding import Padding, padding_of
 from ..teachertext import teacher_texts
 from .cached import CachedTeacher, cache_of, fill, missing
 from .data import masking_of, material_of, prompts_of, written_material
 from .judge import open_teacher, translation
-from .material import Material, Padding, padding_of
+from .material import Material
 from .plan import TrainingPlan
 from .student import Student
 

@@ -10,10 +10,11 @@ from modelzip.compressors.distill.settings import DistillSettings, Logits
 from modelzip.compressors.distill.settings_students import BiLstm, FastBert
 
 from ..calibrate import tokenizer_of
+from ..padding import padding_of
 from .data import Data
 from .fit import Problems, shell
-from .material import padding_of
 from .own import bilstm_config, exits_config
+from .sizes import with_sizes
 from .student import Start, Student, class_names, is_classifier, with_classes, with_layers
 
 
@@ -62,11 +63,8 @@ def student_of(
         start, layers = "layers", settings.layers
         config = problems.tried(lambda: with_layers(origin, layers)) or config
     elif isinstance(settings, Logits) and settings.student_config is not None:
-        start = settings.start
-        unknown = [key for key in settings.student_config if key not in origin.config]
-        if unknown:
-            problems.add(f"student_config names {unknown[0]}, which config.json of {origin.source} hasn't got.")
-        config = {**config, **settings.student_config}
+        start, sizes = settings.start, settings.student_config
+        config = problems.tried(lambda: with_sizes(origin, sizes)) or config
     student = Student(config, origin, start, layers)
     if data.examples is None or is_classifier(config):
         model = problems.tried(lambda: skeleton(shell(student)))

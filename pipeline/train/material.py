@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from modelzip.compressors.distill.logits import IGNORED
 
+from ..padding import Padding, padded
 from .order import seeded
 
 if TYPE_CHECKING:  # which reads a Material
@@ -18,15 +19,6 @@ if TYPE_CHECKING:  # which reads a Material
 
 MASKED = 0.15
 """Share of the tokens that a masked language model must guess (Devlin et al. 2018, section 3.1)."""
-
-
-@dataclass(frozen=True)
-class Padding:
-    """What fills short rows. side: left or right."""
-
-    token: int
-    segment: int
-    side: str
 
 
 @dataclass(frozen=True)
@@ -77,20 +69,6 @@ class Material:
         return made
 
 
-def padded(rows: Sequence[dict[str, list[int]]], padding: Padding) -> dict[str, Tensor]:
-    """Each argument as int64 [rows, longest]."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": padding.token, "token_type_ids": padding.segment}
-    made = {}
-    for name in rows[0]:
-        values = torch.full((len(rows), longest), fill.get(name, 0), dtype=torch.int64)
-        for line, row in zip(values, rows, strict=True):
-            start = longest - len(row[name]) if padding.side == "left" else 0
-            line[start : start + len(row[name])] = torch.tensor(row[name], dtype=torch.int64)
-        made[name] = values
-    return made
-
-
 def masked(tokens: Tensor, masking: Masking, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
     """Tokens [batch, length] with some hidden, and what they were, [batch, length], -100 elsewhere.
 
@@ -103,11 +81,3 @@ def masked(tokens: Tensor, masking: Masking, generators: Sequence[torch.Generato
     hidden = (hides < MASKED) & ~special
     shown = torch.where(how < 0.8, masking.token, torch.where(how < 0.9, other, tokens))
     return torch.where(hidden, shown, tokens), torch.where(hidden, tokens, IGNORED)
-
-
-def padding_of(tokenizer: Any, config: Any) -> Padding | None:
-    """How this model's rows are filled; None if it has no padding token."""
-    token = tokenizer.pad_token_id
-    if token is None:
-        token = getattr(config, "pad_token_id", None)
-    return None if token is None else Padding(token, tokenizer.pad_token_type_id, tokenizer.padding_side)

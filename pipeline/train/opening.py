@@ -40,14 +40,29 @@ def open_student(student: Student, *, seed: int, attention: str | None = None) -
             _begin(made, student)
     for name, change in student.changes.items():
         made.set_submodule(name, change.mounted(made.get_submodule(name)))
-    for name, module in list(made.named_modules()):
-        if isinstance(module, CompressedLinear):
-            made.set_submodule(name, trainable(module.weight_value, module.bias))
-        elif isinstance(module, CompressedEmbedding):
-            unfreeze(module)
+    _make_trainable(made)
+    for name, owner in student.shared.items():
+        _share(made, name, owner)
     for parameter in made.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return made.train()
+
+
+def _make_trainable(model: Any) -> None:
+    """Compressed modules get parameters."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CompressedLinear):
+            model.set_submodule(name, trainable(module.weight_value, module.bias))
+        elif isinstance(module, CompressedEmbedding):
+            unfreeze(module)
+
+
+def _share(model: Any, name: str, owner: str) -> None:
+    """Make a parameter the one that another module has; tables that share look for theirs in that module anyway."""
+    (path, _, leaf), (of, _, of_leaf) = name.rpartition("."), owner.rpartition(".")
+    module, source = model.get_submodule(path), getattr(model.get_submodule(of), of_leaf)
+    if leaf in module._parameters and isinstance(source, nn.Parameter):
+        module.register_parameter(leaf, source)
 
 
 def open_whole(checkpoint: Checkpoint, *, attention: str | None = None) -> Any:
@@ -102,6 +117,10 @@ def _fill(made: Any, student: Student) -> None:
     with torch.no_grad():
         for name, tensor in made.state_dict().items():
             source = weights.get(_in_origin(name, stack, student.layers) if student.start == "layers" else name)
+            if student.start == "layers" and (source is None or source.shape != tensor.shape):
+                raise CheckpointError(
+                    f"{student.origin.source} has nothing that {name} of its student could start from."
+                )
             if source is None or source.ndim != tensor.ndim:
                 continue
             if any(mine > theirs for mine, theirs in zip(tensor.shape, source.shape, strict=True)):

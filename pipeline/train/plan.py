@@ -19,7 +19,7 @@ from modelzip.recipes.schema import Recipe, Stage
 from ..calibrate import is_causal, longest
 from ..room import BASE_BYTES
 from .changes import forms, plan_changes
-from .checks import check_origin, check_stage
+from .checks import check_cache, check_origin, check_stage, check_windows
 from .data import Data, is_running_text, read_data, running_text
 from .fit import Problems, check_extras, check_tokens, objective_of, shell
 from .lesson import Objective
@@ -100,11 +100,15 @@ def plan_training(
     teacher = _teacher(settings, recipe, source, problems)
     origin = _origin(settings, source, teacher)
     check_origin(stage, source, teacher, recipe=recipe, problems=problems)
+    if isinstance(settings, Logits):
+        folders = {"the model": source.folder, "the teacher": (teacher or source).folder, "the output": output}
+        check_cache(settings, folders, problems)
     data, validation = _data(settings, origin, teacher, problems)
     student = None if origin is None or data is None else student_of(settings, origin, teacher, data, problems)
     objective = None if student is None else objective_of(settings, student, teacher, problems)
     if student is not None:
         check_tokens(settings, student, teacher, problems)
+        check_windows(student, recipe, problems)
         for pattern in stage.ignore:
             if not any(matches(pattern, name) for name, _ in skeleton(shell(student)).named_modules()):
                 problems.add(f"the pattern {pattern!r} matches no module.")

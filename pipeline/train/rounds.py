@@ -157,6 +157,11 @@ def _load(lesson: Lesson, state: State) -> None:
     lesson.student.load_state_dict(state, strict=False)
 
 
+def rewind_step(share: float, steps: int) -> int:
+    """The step to whose weights the student is put back: this share of so many, at least the first; 0: the start."""
+    return max(1, round(share * steps)) if share else 0
+
+
 class Rewind(TrainerCallback):
     """Keeps the student's weights as they are after a step."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -25,6 +25,7 @@ from modelzip.weights.layouts import MODELZIP, quantization_config
 from modelzip.weights.trainable import holds_codes
 from modelzip.weights.value import CompressedWeight
 
+from ..layer_config import counted_anew, require_countable
 from ..layer_plan import weights_now
 
 if TYPE_CHECKING:  # which is planned on students
@@ -64,16 +65,16 @@ class Student:
                 tensors[name] = self._info(name, tensor)
         for module, found in parts.items():
             tensors |= {name: replace(info, name=name) for name, info in _within(module, found).items()}
-        return replace(shell, tensors=tensors)
+        return replace(shell, tensors={name: info for name, info in tensors.items() if name not in self.shared})
 
     def _compressed_parts(self) -> dict[str, dict[str, TensorInfo]]:
         """The stored tensors of each module whose weight goes out compressed, by suffix."""
         parts = {}
-        if self.start == "whole" and self.origin.quantization is not None:
+        if self.start == "whole" and self.quantization is not None:
             names = NameMap(skeleton(self.origin), self.origin)
             found = {
                 own: {suffix: self.origin.tensors[name] for suffix, name in names.parts(module).items()}
-                for module, own in self._renamed().items()
+                for module, own in self._renamed(self.quantization["modules"]).items()
             }
             parts = {own: stored for own, stored in found.items() if stored}  # a resized plain weight has none
         for module, change in self.changes.items():
@@ -99,9 +100,23 @@ class Student:
         metas = {name: weight.meta() for name, weight in now.items() if weight.kind != Dense.kind}
         return quantization_config(metas, layout=MODELZIP, linears=())
 
-    def _renamed(self) -> dict[str, str]:
-        """What each compressed module of the origin is called in the student, which may have a head around it."""
-        modules = (self.quantization or {}).get("modules", {})
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Parameters and parts of compressed modules that the origin stores once for several: each, and the one it is.
+
+        They are learned once, too.
+        """
+        own = (self.quantization or {}).get("shared", {}) if self.start == "whole" else {}
+        modules = self._renamed(name.rpartition(".")[0] for pair in own.items() for name in pair)
+
+        def here(name: str) -> str:
+            module, _, leaf = name.rpartition(".")
+            return f"{modules[module]}.{leaf}"
+
+        return {here(target): here(source) for target, source in own.items()}
+
+    def _renamed(self, modules: Iterable[str]) -> dict[str, str]:
+        """What modules of the origin are called in the student, which may have a head around it."""
         model = skeleton(replace(self.origin, config=self._plain_config()))
         known = {name for name, _ in model.named_modules()}
         return {name: name if name in known else f"{model.base_model_prefix}.{name}" for name in modules}
@@ -114,20 +129,20 @@ class Student:
         config, before = self._plain_config(), self.quantization if self.start == "whole" else None
         if before is None and not self.changes:
             return config
-        own = before if before is not None else {"modules": {}, "shared": {}}
-        modules = {name: own["modules"][theirs] for theirs, name in self._renamed().items()} if before else {}
+        own = before if before is not None else {"modules": {}}
+        modules = {name: own["modules"][theirs] for theirs, name in self._renamed(own["modules"]).items()}
         modules |= {name: change.after.meta() for name, change in self.changes.items()} | dict(metas or {})
         layout = self.layout if layout is None else layout
         linears = []
         if layout != MODELZIP:
             model = skeleton(replace(self.origin, config=config))
             linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        made = quantization_config(modules, layout=layout, linears=linears, shared=own.get("shared", {}))
+        made = quantization_config(modules, layout=layout, linears=linears, shared=self.shared)
         return {**config, "quantization_config": {**own, **made} if layout == MODELZIP else made}
 
     def split(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, CompressedWeight]]:
-        """A trained state without the changed modules' weights, and these as they have become, by module."""
-        rest = dict(state)
+        """A trained state without the changed modules' weights and what is shared, and what the former have become."""
+        rest = {name: tensor for name, tensor in state.items() if name not in self.shared}
         made = {}
         for module, change in self.changes.items():
             inside = f"{module}."
@@ -187,19 +202,14 @@ def with_classes(checkpoint: Checkpoint, names: Sequence[str], padding: int | No
 
 
 def with_layers(teacher: Checkpoint, layers: Sequence[int]) -> dict[str, Any]:
-    """The teacher's config with these of its layers. Raises CheckpointError if it hasn't got them."""
+    """The teacher's config with these of its layers. Raises CheckpointError if it hasn't got them or needs all."""
     count = len(layer_names(teacher))
     wrong = [layer for layer in layers if layer >= count]
     if wrong:
         raise CheckpointError(f"{teacher.source} has the layers 0 to {count - 1}, and none with the number {wrong[0]}.")
-    config_class = type(skeleton(teacher).config)
-    key = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    by_layer = {
-        name: [value[layer] for layer in layers]
-        for name, value in teacher.config.items()
-        if "layer" in name and isinstance(value, list) and len(value) == count
-    }
-    return {**teacher.config, **by_layer, key: len(layers)}
+    config = skeleton(teacher).config
+    require_countable(config)
+    return counted_anew(teacher.config, config, layers)
 
 
 def layer_names(checkpoint: Checkpoint) -> list[str]:
@@ -221,8 +231,6 @@ def untrainable(checkpoint: Checkpoint) -> str | None:
         return None
     if config.get("quant_method") != MODELZIP:
         return f"holds integers ({config.get('quant_method')}), which have no gradient"
-    if config.get("shared"):
-        return "has modules that share their weights, which would come apart"
     for name, meta in config["modules"].items():
         if holds_codes(empty(meta)):
             return f"holds {name} as integers, which have no gradient"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from modelzip.checkpoints.shards import disk_errors
 from modelzip.compressors.distill.settings import DistillSettings
 
 from ..progress import Progress
@@ -52,7 +55,8 @@ class LessonTrainer(Trainer):
     """A Trainer whose model is a Lesson.
 
     The loss of a step is the mean over all items of its batches, whatever their number and wherever they are: two
-    processes, or two accumulated batches, give what one batch of both would give.
+    processes, or two accumulated batches, give what one batch of both would give. Only signals are means over the kept
+    tokens of one batch, which count by its items, so with them two batches differ a little from one of both.
     """
 
     def __init__(self, lesson: Lesson, course: Course, *, material: Material, measured: Material | None, work: Path):
@@ -166,6 +170,11 @@ class LessonTrainer(Trainer):
         """Not counted."""
         return 0
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Also the optimizer and whatever else the Trainer needs to go on; a full disk is told as one."""
+        with disk_errors(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The lesson's tensors, gathered from all processes; what FSDP and DeepSpeed resume from they save beside."""
         self._save(output_dir, self.accelerator.get_state_dict(self.model_wrapped))
@@ -269,16 +278,22 @@ def train(
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """transformers and accelerate say nothing but errors, and the global generators are left as they were."""
+    """transformers and accelerate say nothing but errors, and the global generators are left as they were.
+
+    The Trainer seeds those of Python and NumPy, too.
+    """
     loggers = [logging.getLogger(name) for name in ("accelerate", "transformers")]
     levels = [one.level for one in loggers]
     verbosity = transformers.utils.logging.get_verbosity()
+    drawn, numbers = random.getstate(), np.random.get_state()
     for one in loggers:
         one.setLevel(logging.ERROR)
     try:
         with torch.random.fork_rng():
             yield
     finally:
+        random.setstate(drawn)
+        np.random.set_state(numbers)
         transformers.utils.logging.set_verbosity(verbosity)
         for one, level in zip(loggers, levels, strict=True):
             one.setLevel(level)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from modelzip.checkpoints import shards as shards_module
@@ -375,6 +376,29 @@ def test_a_full_disk_is_a_sentence_and_the_run_resumes(tmp_path, source, monkeyp
 
 def _full(*_: object) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            MachineError,
+            r"out/x is full: [\d.]+ MB are free; .*--resume",
+        ),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), MachineError, r"out/x is full"),
+        (SafetensorError("I/O error: File too large (os error 27)"), MachineError, r"larger than .*ulimit -f"),
+        (OSError(errno.EFBIG, "File too large"), MachineError, r"larger than .*ulimit -f"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), MachineError, r"free.*--resume"),
+        (OSError(errno.EIO, "Input/output error"), MachineError, r"failed: Input/output error\.$"),
+        (PermissionError(errno.EACCES, "Permission denied"), OutputError, r"Can't write in .*: Permission denied\.$"),
+        (SafetensorError("header too large"), SafetensorError, "header too large"),
+        (RuntimeError("a mistake of ours"), RuntimeError, "a mistake of ours"),
+    ],
+)
+def test_what_the_system_and_libraries_say_of_a_write_becomes_a_sentence(tmp_path, error, kind, told):
+    with pytest.raises(kind, match=told), shards_module.disk_errors(tmp_path / "out" / "x"):
+        raise error
 
 
 def test_a_shard_of_many_dtypes_is_read_back_as_it_was(tmp_path, source):

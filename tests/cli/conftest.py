@@ -53,6 +53,7 @@ class FakePipeline:
     """Stands for modelzip.pipeline.run: keeps what it was asked, and answers or fails as told."""
 
     report: dict[str, Any] = field(default_factory=lambda: dict(REPORT))
+    plan: Plan = field(default_factory=Plan)
     error: BaseException | None = None
     asked: dict[str, Any] = field(default_factory=dict)
 
@@ -64,9 +65,11 @@ class FakePipeline:
             raise self.error
         return types.SimpleNamespace(folder=output, report=self.report)
 
-    def plan_recipe(self, recipe, *, output):
+    def plan_recipe(self, recipe, *, output, overwrite, resume):
         self.asked = {"recipe": recipe, "output": output}
-        return [Plan()]
+        if self.error is not None:
+            raise self.error
+        return [self.plan]
 
     def evaluate_models(self, model, *, against, evaluation, revision, device, dtype, progress):
         self.asked = {"model": model, "against": against, "evaluation": evaluation, "device": device}

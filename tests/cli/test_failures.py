@@ -65,6 +65,11 @@ def test_problems_of_options_recipe_and_conditions_come_together(pipeline, tmp_p
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 4, "memory ran out"),
         (OSError(errno.ENOSPC, "No space left", "out/x"), 4, "error: out/x: the disk is full"),
         (OSError(errno.EIO, "I/O error", "out/x"), 4, "error: out/x: the disk failed"),
+        (
+            OSError(errno.EFBIG, "File too large", "out/x"),
+            4,
+            "larger than files may be here; raise `ulimit -f`; the same",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "error: out: Permission denied"),
         (KeyboardInterrupt(), 130, "error: interrupted; the same command with --resume goes on"),
     ],
@@ -75,6 +80,12 @@ def test_every_kind_of_failure_has_its_exit_code_and_sentence(pipeline, capsys, 
     captured = capsys.readouterr()
     assert told in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_nothing_is_resumed_where_nothing_was_begun(pipeline, capsys):
+    pipeline.error = OSError(errno.ENOSPC, "No space left", "out/x")
+    assert answer(["quantize", "m", "--dry-run"]) == 4
+    assert "--resume" not in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback_beside_the_sentence(pipeline, capsys):

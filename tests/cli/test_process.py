@@ -88,6 +88,26 @@ def test_a_reader_that_goes_away_is_no_failure():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("line", ["methods", "--version", "--help", "recipe schema", "quantize m"])
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stdout_is_no_failure(tmp_path, line, closed):
+    code = FAKE.replace("time.sleep(60)", "return types.SimpleNamespace(report={'size': {}}, folder=output)")
+    shell = f'exec "$@" {closed}'
+    command = ["bash", "-c", shell, "bash", sys.executable, "-c", code, *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.replace("started\n", "")) == (0, "", "")
+
+
+@pytest.mark.parametrize("line", ["methods", "--help", "quantize --help", "quantize m"])
+def test_a_stdout_that_is_full_is_named_and_nothing_is_to_be_resumed(tmp_path, line):
+    code = FAKE.replace("time.sleep(60)", "return types.SimpleNamespace(report={'size': {}}, folder=output)")
+    command = [sys.executable, "-c", code, *line.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    told = "error: stdout can't be written: No space left on device\n"
+    assert (done.returncode, done.stderr.replace("started\n", "")) == (4, told)
+
+
 @pytest.mark.parametrize(("options", "level"), [([], "error"), (["--debug"], "None")])
 def test_the_libraries_are_quiet_unless_debug_is_asked_for(tmp_path, options, level):
     asked = "print(__import__('os').environ.get('TRANSFORMERS_VERBOSITY'), flush=True)"

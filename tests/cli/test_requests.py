@@ -139,7 +139,7 @@ def test_an_option_is_read_as_its_method_takes_it_which_may_be_the_recipes(pipel
 
 def test_a_mapping_without_values_is_refused(pipeline, capsys):
     assert answer(["distill", "m", "--data", "t.tsv", "--signals", "hidden"]) == 2
-    assert "--signals: hidden is not allowed; it must be a mapping" in capsys.readouterr().err
+    assert "--signals: hidden is not allowed; it must be names of signals, each" in capsys.readouterr().err
 
 
 def test_the_help_lists_options_in_sections(pipeline, capsys, monkeypatch):

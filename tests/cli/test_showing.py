@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -128,3 +129,14 @@ def test_colours_appear_only_on_a_terminal_and_never_with_no_color(monkeypatch, 
 def test_the_metrics_that_the_table_shows_are_those_of_the_gates():
     assert METRICS["perplexity"].path == ("evaluation", "perplexity", "compressed")
     assert METRICS["kl"].path == ("evaluation", "kl")
+
+
+def test_what_is_larger_or_slower_is_called_so(pipeline, capsys):
+    timed = {"batch_size": 1, "original_ms": 1.0, "compressed_ms": 2.0, "speedup": 0.5}
+    row = {"threshold": 0.1, "accuracy": 0.9, "low": 0.8, "high": 0.95, "layers": 1.5, "latency": {"single": timed}}
+    pipeline.report = {"evaluation": {"latency": {"single": timed}, "exits": [row]}}
+    assert answer(["quantize", "m"]) == 0
+    assert capsys.readouterr().out.count("2.00 (2.00 times slower)") == 2
+    pipeline.plan = replace(pipeline.plan, bytes_before=46_000_000)
+    assert answer(["quantize", "m", "--dry-run"]) == 0
+    assert "46.0 MB → 92.0 MB, 2.00 times larger" in capsys.readouterr().out

@@ -41,9 +41,19 @@ def test_labels_say_how_much():
         (Movement, {"initial_sparsity": 0.9}, "must not be more than sparsity"),
         (Movement, {"penalty": 1.0}, "needs masking: threshold"),
         (Movement, {"masking": "threshold"}, "prunes nothing"),
+        (Movement, {"masking": "threshold", "penalty": 1.0, "sparsity": 0.8}, "penalty decides how many"),
         (Lottery, {"controls": ("random", "random")}, "once each"),
+        (Movement, {"alpha": 0.7}, "alpha says how a teacher is learned from"),
+        (Movement, {"alpha": 0.5}, "alpha says how a teacher is learned from"),
+        (Lottery, {"temperature": 2.0}, "temperature says how a teacher is learned from"),
+        (Lottery, {"temperature": 3.0, "teacher": None}, "temperature says how a teacher is learned from"),
     ],
 )
 def test_what_cannot_go_together_is_refused(settings, fields, words):
     with pytest.raises(ValidationError, match=words):
         settings(**fields)
+
+
+def test_settings_with_every_default_written_out_are_read_back():
+    for settings in (Movement(), Lottery(), GradualMagnitude(teacher="t", alpha=0.5)):
+        assert type(settings)(**settings.model_dump(mode="json")) == settings

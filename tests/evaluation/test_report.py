@@ -271,3 +271,51 @@ def test_the_markdown_of_a_classifier_states_accuracies_with_intervals_and_times
     assert "872 labelled examples of `dev.tsv`, 3 of them cut at 128 tokens, float32, SHA-256 dddddddddddd." in words
     assert "nats an example" in words
     assert "None" not in words
+
+
+@pytest.mark.parametrize(
+    ("ratio", "told"),
+    [(2.5, "2.50 × smaller"), (0.2, "5.00 × larger"), (1.004, "the same size"), (0.996, "the same size"), (0.0, "")],
+)
+def test_a_result_that_is_larger_is_called_larger(ratio: float, told: str) -> None:
+    data = sample()
+    data["size"]["ratio"] = ratio
+    assert f"100.0 MB | {told} |" in report_markdown(validate(data))
+
+
+def test_a_result_that_is_slower_is_called_slower() -> None:
+    data = sample()
+    data["evaluation"]["latency"]["batched"] |= {"speedup": 0.5}
+    assert "| 2.00 × slower |" in report_markdown(validate(data))
+
+
+def exits(speedup: float) -> list[dict[str, Any]]:
+    timed = {"batch_size": 1, "examples": 64, "original_ms": 3.0, "compressed_ms": 2.0, "speedup": speedup}
+    latency = {"single": timed, "batched": {**timed, "batch_size": 32}}
+    return [{"threshold": 0.5, "accuracy": 0.9, "low": 0.8, "high": 0.95, "layers": 1.5, "latency": latency}]
+
+
+def test_exits_that_are_slower_than_the_whole_model_are_called_slower() -> None:
+    data = sample()
+    data["evaluation"]["exits"] = exits(0.5)
+    assert "| 2.00 | 2.00 × slower |" in report_markdown(validate(data))
+
+
+@pytest.mark.parametrize(
+    ("curve", "told"),
+    [
+        ([{"step": 2, "epoch": 1.0, "loss": 0.5}], "1.0 epochs; loss 0.5000 on average."),
+        (
+            [{"step": 2, "epoch": 1.0, "loss": 0.5}, {"step": 4, "epoch": 2.0, "loss": 0.25}],
+            "1.0 epochs; loss 0.5000 at first, 0.2500 at last.",
+        ),
+    ],
+)
+def test_a_loss_that_was_logged_once_is_told_once(curve: list[dict[str, Any]], told: str) -> None:
+    details = {"steps": 4, "epochs": 1.0, "stopped_early": False, "kept": None, "curve": curve}
+    details |= {"first_loss": curve[0]["loss"], "last_loss": curve[-1]["loss"]}
+    data = sample()
+    data["stages"] = [
+        {"kind": "distill", "method": "labels", "bytes_after": 2, "seconds": 1, "evaluation": None, "details": details}
+    ]
+    assert told in report_markdown(validate(data))

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.obs import inverse_factor
 from modelzip.compressors.quantize.gptq import gptq
@@ -69,6 +70,7 @@ def chain(speaking, compress, text_file, tmp_path_factory) -> Callable[..., tupl
     return run
 
 
+WANDA = {"prune": {"method": "wanda", "sparsity": 0.5}}
 PRUNINGS = [
     {"prune": {"method": "sparsegpt", "sparsity": 0.5}},
     {"prune": {"method": "sparsegpt", "sparsity": "2:4"}},
@@ -161,6 +163,61 @@ def plain_gptq(weight: Tensor, x: Tensor) -> Any:
     size = 16 if columns % 16 == 0 else columns
     grid = {"bits": 4, "symmetric": True, "clip": "none", "dtype": torch.float32, "group_size": size}
     return gptq(weight, factor, fit_grid(weight, importance=factor.importance(), **grid), block_size=128)
+
+
+SVD = {"factorize": {"method": "svd", "ratio": 0.6}}
+
+
+def test_wanda_of_a_factorized_model_prunes_both_factors_by_the_norms_of_what_reaches_them(
+    chain, speaking, windows, names
+):
+    factorized, found = weights_in(chain("llama", SVD)[0]), weights_in(chain("llama", SVD, WANDA)[0])
+    model = transformers.AutoModelForCausalLM.from_pretrained(speaking("llama")).eval()
+    for name, weight in factorized.items():
+        model.get_submodule(name).weight.data.copy_(weight.dense(torch.float32))
+    same = []
+    for name in names:
+        x, pruned = inputs_of(model, name, windows), found[name]
+        for before, after in ((factorized[name].right, pruned.right), (factorized[name].left, pruned.left)):
+            dense = before.dense(torch.float32)
+            scores = dense.abs() * x.norm(dim=0)
+            (count,) = set(after.kept.sum(1).tolist())
+            assert abs(count - dense.shape[1] / 2) < 1
+            least = scores.topk(count, dim=1).values[:, -1:]
+            same.append(float(((scores >= least) == after.kept).float().mean()))
+            x = x @ after.dense(torch.float32).T
+        model.get_submodule(name).weight.data.copy_(pruned.dense(torch.float32))
+    assert min(same) >= 0.99  # measured: 1
+
+
+def test_one_threshold_for_all_matrices_prunes_the_share_asked_for_of_factors_too(chain):
+    stage = {"prune": {"method": "magnitude", "sparsity": 0.5, "scope": "global"}}
+    found = weights_in(chain("llama", SVD, stage)[0])
+    kept = [half.kept for weight in found.values() for half in (weight.left, weight.right)]
+    assert sum(int(mask.sum()) for mask in kept) == pytest.approx(0.5 * sum(mask.numel() for mask in kept), rel=0.01)
+
+
+NEURONS = {"prune": {"method": "neurons", "share": 0.5, "scope": "global"}}
+ENERGY = {"factorize": {"method": "svd", "energy": 0.6}}
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}, "group 16 doesn't divide"),
+        ({"prune": {"method": "wanda", "sparsity": "2:4"}}, "left alone (2:4 takes columns by 4"),
+    ],
+    ids=["groups", "pattern"],
+)
+def test_a_stage_is_planned_again_where_widths_were_only_known_once_measured(chain, second, said):
+    folder, report = chain("llama", NEURONS, second)
+    assert any(said in one for one in report["fallbacks"]), report["fallbacks"]
+    weights_in(folder)
+
+
+def test_a_pattern_that_fits_none_of_the_ranks_that_came_out_is_refused(chain):
+    with pytest.raises(ProblemsError, match=r"stages\[1\].prune: .*2:4 takes columns by 4"):
+        chain("llama", ENERGY, {"prune": {"method": "magnitude", "sparsity": "2:4"}})
 
 
 def test_an_encoder_without_some_heads_is_quantized_in_our_own_layout(chain):

@@ -129,7 +129,7 @@ def test_a_stage_after_the_vocabulary_has_changed_is_calibrated_in_the_new_token
 def test_what_the_model_wrote_itself_is_tokenized_again_or_drawn_again(speaking, compress, text_file, tmp_path, kind):
     stage = {"prune": {"method": "vocabulary", "corpus": str(text_file)}}
     report = compress(speaking(kind), tmp_path / "out", stage, GPTQ, evaluate={"enabled": True, "windows": 2}).report
-    assert [row["tokens"] if "tokens" in row else row["error"] is not None for row in report["modules"]]
+    assert all(row["tokens"] if "tokens" in row else row["error"] is not None for row in report["modules"])
     assert report["evaluation"] is None
     assert [one for one in report["fallbacks"] if "isn't compared with the original: of 74 tokens it has 23" in one]
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from modelzip.checkpoints.errors import CalibrationError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.units import Units, find_heads, find_neurons
 from modelzip.compressors.prune.structural import choose
-from modelzip.compressors.prune.structural_settings import Heads, Neurons
+from modelzip.compressors.prune.structural_settings import Heads, Neurons, UnitSettings
 from modelzip.pipeline.importance import importance, language_model_loss, masked_lm_loss, self_loss
-from modelzip.pipeline.unit_pruning import units_of
+from modelzip.pipeline.smaller import headers_of
 from modelzip.pipeline.whole import load_whole, loss_of
 
 spec = importlib.util.spec_from_file_location("structural_help", Path(__file__).with_name("structural.py"))
@@ -25,6 +26,11 @@ spec.loader.exec_module(help)
 
 def whole(folder: Path) -> Any:
     return load_whole(Checkpoint.open(str(folder)), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def units_of(settings: UnitSettings, checkpoint: Checkpoint) -> list[Units]:
+    headers = headers_of(checkpoint)
+    return (find_heads if isinstance(settings, Heads) else find_neurons)(headers.model, headers.structure)
 
 
 def masked_loss(model: nn.Module, window: Tensor, scale: dict[str, Tensor], width: int) -> Tensor:

@@ -15,7 +15,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from modelzip.checkpoints.errors import CalibrationError
-from modelzip.pipeline.labelled import batches_by_length, check_examples, count_cut, encode, read_examples
+from modelzip.pipeline.called import TRAINING
+from modelzip.pipeline.labelled import batches_by_length, count_cut, encode, read_examples
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -61,9 +62,11 @@ def test_two_columns_that_may_be_the_text_are_refused(tmp_path: Path) -> None:
 def test_a_missing_column_names_what_is_there_and_the_option(tmp_path: Path) -> None:
     source = write(tmp_path, "dev.csv", "text,mark\nt,0\n")
     with pytest.raises(CalibrationError, match=r"it has text, mark: name one by --label"):
-        check_examples(source)
+        read_examples(source)
     with pytest.raises(CalibrationError, match=r"no column 'title'; it has text, mark: name one by --text"):
-        check_examples(source, text="title")
+        read_examples(source, text="title")
+    with pytest.raises(CalibrationError, match=r"no column 'title'; it has text, mark: name one by text_column\.$"):
+        read_examples(source, text="title", called=TRAINING)
 
 
 def test_a_row_with_too_few_columns_is_named_by_its_line(tmp_path: Path) -> None:
@@ -104,6 +107,11 @@ def test_class_ids_of_a_dataset_in_another_order_than_the_models_are_matched_by_
     assert read_examples(source).names == ("no", "yes")
     assert read_examples(source, names=("Yes", "No")).labels == (0, 1)
     assert read_examples(source, names=("LABEL_0", "LABEL_1")).labels == (1, 0)
+
+
+def test_a_file_that_is_no_parquet_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"dev\.parquet isn't a parquet file: [^\n]*[^.]\.$"):
+        read_examples(write(tmp_path, "dev.parquet", "no parquet at all"))
 
 
 def test_a_hidden_label_is_an_error(tmp_path: Path) -> None:

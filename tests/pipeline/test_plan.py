@@ -52,6 +52,21 @@ def test_a_plan_leaves_nothing_behind(saved, recipe_of, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_is_refused_where_the_output_may_not_be_written(saved, recipe_of, tmp_path):
+    model = copy_of(saved("llama"), tmp_path / "model")
+    recipe = recipe_of(model, {"method": "rtn"})
+    with pytest.raises(OutputError, match=r"model/small and the model .* overlap; name another output folder"):
+        plan_recipe(recipe, output=model / "small")
+    there = copy_of(saved("llama"), tmp_path / "there")
+    with pytest.raises(OutputError, match=r"there exists already; give --overwrite to replace it"):
+        plan_recipe(recipe, output=there)
+    assert plan_recipe(recipe, output=there, overwrite=True)
+    assert plan_recipe(recipe, output=there, resume=True)
+    recipe = recipe_of(model, {"method": "rtn"}, export=[{"format": "dense", "output": str(there)}])
+    with pytest.raises(OutputError, match=r"there exists already"):
+        plan_recipe(recipe, output=tmp_path / "out")
+
+
 GRIDS = {
     "2 bits in groups": {"bits": 2, "group_size": 16},
     "3 bits with zero points": {"bits": 3, "group_size": 16, "symmetric": False},

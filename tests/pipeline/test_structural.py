@@ -221,6 +221,21 @@ def test_similarity_takes_out_the_layers_whose_output_is_most_like_their_input(m
     assert records["model.layers"]["kept"] == [1, 3]
 
 
+@pytest.mark.parametrize("criterion", ["similarity", "greedy"])
+def test_a_layer_that_the_others_need_stays_however_little_it_does(criterion, models, tmp_path):
+    model = models.FAMILIES["t5"].build(num_layers=3, num_decoder_layers=3)
+    with torch.no_grad():
+        for part in model.encoder.block[0].layer:
+            for linear in (module for module in part.modules() if isinstance(module, nn.Linear)):
+                linear.weight *= 1e-4
+    model.save_pretrained(tmp_path / "in")
+    asked = {"method": "layers", "criterion": criterion, "stack": "encoder"}
+    _, records = help.prune(tmp_path / "in", tmp_path / "out", windows=models.tokens(), count=1, **asked)
+    (record,) = records.values()
+    assert 0 in record["kept"]
+    help.opened(tmp_path / "out")
+
+
 def test_block_influence_is_one_less_the_cosine_of_input_and_output(models, saved):
     from modelzip.pipeline.layer_pruning import block_influence
     from modelzip.pipeline.measure import open_streamed

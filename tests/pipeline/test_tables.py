@@ -126,6 +126,7 @@ def test_factors_that_cost_more_and_tables_that_are_factors_are_refused(saved, t
 
     assert "rank 24 would take 12,288 bytes, and it takes 12,288 dense" in problem(saved("llama"), rank=24)
     assert "can't be reached" in problem(saved("llama"), target_size="10KB")
+    assert "MB already, and target_size is 100,000.00 MB: ask for less" in problem(saved("llama"), target_size="100GB")
     help.prune(saved("llama"), tmp_path / "once", kind="factorize", method="embedding", rank=4, weighting="even")
     assert "compressed already" in problem(tmp_path / "once", rank=2)
 

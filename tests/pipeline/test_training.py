@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -142,6 +143,15 @@ def test_another_seed_gives_other_weights(speaking, learn, tables, tmp_path):
     stage = {**QUICK, "data": str(tables / "train.tsv")}
     records = [learn(speaking("bert"), tmp_path / str(seed), stage, seed=seed) for seed in (0, 1)]
     assert records[0]["curve"] != records[1]["curve"]
+
+
+def test_generators_of_the_process_are_left_as_they_were(speaking, learn, tables, tmp_path):
+    model = speaking("bert")
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    learn(model, tmp_path / "out", {**QUICK, "data": str(tables / "train.tsv"), "max_steps": 1}, seed=5)
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1][1])
+    assert torch.equal(torch.get_rng_state(), before[2])
 
 
 def test_early_stopping_ends_the_run_and_the_best_weights_are_kept(taught, learn, tables, tmp_path):
@@ -314,6 +324,8 @@ def test_a_number_is_learned_where_labels_are_numbers(speaking, learn, tmp_path)
     record = learn(speaking("bert"), tmp_path / "out", stage)
     assert record["task"] == "number"
     assert record["curve"][-1]["loss"] < 0.5 * record["curve"][0]["loss"]  # measured: 0.30
+    told = sentences(learn, speaking("bert"), {**stage, "validation": stage["data"], "keep": "accuracy"})
+    assert told == ["distill: keep: accuracy: this model predicts a number, which has a loss alone: take keep: loss."]
 
 
 def sentences(learn: Any, model: Path, stage: dict[str, Any]) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from modelzip.checkpoints.errors import ProblemsError
+from modelzip.checkpoints.errors import ProblemsError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.prune.schedule import cubic_sparsity
 from modelzip.pipeline.plans import make_plans
+from modelzip.pipeline.train.rounds import rewind_step
 from modelzip.recipes.load import load_recipe
 from modelzip.weights.linear import CompressedLinear
 from modelzip.weights.sparse import Sparse
@@ -154,6 +158,15 @@ def test_soft_movement_prunes_by_its_penalty(dense, stage, train_stage, tmp_path
     assert 1 - kept / entries(weights) == pytest.approx(found[-1]["sparsity"])
 
 
+def test_soft_movement_whose_penalty_prunes_too_little_is_told_so_and_nothing_is_published(
+    dense, stage, train_stage, tmp_path
+):
+    asked = {**stage, "method": "movement", "masking": "threshold", "penalty": 1e-6, "max_steps": 4}
+    with pytest.raises(RecipeError, match=r"movement let so few weights go .* raise penalty \(it is 1e-06\)"):
+        train_stage(dense, tmp_path / "out", "prune", asked)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_came_in_pruned_stays_zero_and_ignored_linears_stay_dense(dense, stage, train_stage, tmp_path):
     half = {**stage, "method": "gradual-magnitude", "sparsity": 0.5, "max_steps": 4}
     train_stage(dense, tmp_path / "half", "prune", half)
@@ -214,6 +227,27 @@ def test_the_ticket_is_better_than_a_random_mask_and_all_trainings_are_recorded(
     assert runs["ticket"]["eval_loss"] < runs["shuffled"]["eval_loss"]  # measured: 0.009 and 0.034
     weights = sparse_weights(material / "ticket")
     assert sum(weight.count for weight in weights.values()) == entries(weights) - round(0.8 * entries(weights))
+
+
+def test_a_share_of_few_steps_to_rewind_to_is_one_of_them():
+    assert [rewind_step(share, 6) for share in (0.0, 0.05, 0.3, 0.9)] == [0, 1, 2, 5]
+
+
+def test_each_training_has_curves_of_its_own(material, stage, train_stage, tmp_path, monkeypatch):
+    """Without TensorBoard itself: where it would write."""
+    folders: list[Path] = []
+    find_spec = importlib.util.find_spec
+
+    class Board(TrainerCallback):
+        def __init__(self, folder: Path) -> None:
+            folders.append(folder)
+
+    monkeypatch.setitem(sys.modules, "modelzip.pipeline.train.board", SimpleNamespace(Board=Board))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "tensorboard" or find_spec(name))
+    asked = {**stage, "method": "lottery", "sparsity": 0.6, "round_share": 0.4, "max_steps": 1, "tensorboard": True}
+    train_stage(material / "fresh", tmp_path / "out", "prune", {**asked, "controls": ["random"]})
+    assert [folder.parent for folder in folders] == [tmp_path / "out.tensorboard"] * 4
+    assert [folder.name for folder in folders] == ["round 1", "round 2", "control random", "ticket"]
 
 
 class Killed(BaseException):

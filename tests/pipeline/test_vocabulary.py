@@ -159,10 +159,39 @@ def test_a_corpus_that_uses_every_token_is_refused(models, tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **NAMED).save_pretrained(tmp_path)
     (tmp_path / "all.jsonl").write_text('{"text": "walk"}\n{"text": "talk"}')
-    with pytest.raises(ProblemsError, match="uses all 7 tokens, so none can go"):
+    with pytest.raises(
+        ProblemsError, match=r"none of the 7 tokens can go: 5 are special .*, and \S+ uses the others: raise min_count"
+    ):
         help.plan_of(
             Checkpoint.open(str(tmp_path)), tmp_path / "out", method="vocabulary", corpus=str(tmp_path / "all.jsonl")
         )
+
+
+def test_a_blank_corpus_is_refused(speaking, tmp_path):
+    (tmp_path / "blank.txt").write_text("  \n\n \t \n")
+    with pytest.raises(
+        CalibrationError, match=r"blank\.txt holds no text: give a corpus of what the model will read\.$"
+    ):
+        help.plan_of(
+            Checkpoint.open(str(speaking("llama"))),
+            tmp_path / "out",
+            method="vocabulary",
+            corpus=str(tmp_path / "blank.txt"),
+        )
+
+
+def test_tokens_that_always_stay_are_not_said_to_be_used(models, tmp_path):
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({piece: index for index, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    models.FAMILIES["llama"].build(vocab_size=256).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    (tmp_path / "few.txt").write_text("a few words")
+    with pytest.raises(ProblemsError) as told:
+        help.plan_of(
+            Checkpoint.open(str(tmp_path)), tmp_path / "out", method="vocabulary", corpus=str(tmp_path / "few.txt")
+        )
+    assert told.value.sentences == ("prune: none of the 256 tokens can go: 256 are special or spell any text.",)
 
 
 @pytest.mark.parametrize(

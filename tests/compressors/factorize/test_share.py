@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelzip.compressors.factorize.share import average, least_squares, runs
+from modelzip.compressors.factorize.share import LeastSquares, average, runs
 from modelzip.compressors.layer import UnsuitableError
 
 
@@ -31,6 +31,13 @@ def moments(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
 
 def loss(shared: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> float:
     return sum(float(((shared.double() - weight) @ x.T).square().sum()) for weight, x in pairs)
+
+
+def least_squares(stats: list[tuple[torch.Tensor, torch.Tensor]], *, damping: float) -> torch.Tensor:
+    fit = LeastSquares()
+    for weight, hessian in stats:
+        fit.add(weight, hessian)
+    return fit.solve(damping=damping)
 
 
 def test_the_fit_is_what_lstsq_finds_on_all_layers_inputs_and_outputs():
