@@ -4,8 +4,9 @@
 
 ENCODER: an encoder without a classifier, such as MiniLM. DATA: a folder with SST-2's train.tsv and dev.tsv. The teacher
 is made of the encoder by the recipe fine-tuned; each recipe runs as a whole command in DATA, unless WORK holds its
-result already, then all results are measured against the teacher in turn, with latency. Writes results/classifier.json
-and prints its table.
+result already, then all results are measured against the teacher in turn, with latency. Writes results/classifier.json,
+where recipes that were not named keep their rows, each with the environment that it was measured in, and prints its
+table.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def result(name: str, *, command: list[str], work: Path, data: Path) -> dict[str
     measured = measure(work / name, teacher=teacher, data=data)
     return {
         "command": shlex.join(command),
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "environment": measured["environment"],
         "peak_memory_mb": report["peak_memory_mb"],
         "bytes": report["size"]["bytes_after"],
         "stages": [staged(stage) for stage in report["stages"]],
@@ -93,6 +96,13 @@ def staged(stage: dict[str, Any]) -> dict[str, Any]:
     found = {key: stage.get(key) for key in ("kind", "method", "bytes_after", "evaluation")}
     details = {key: value for key, value in (stage.get("details") or {}).items() if key not in ("teacher", "data")}
     return found | {"details": details}
+
+
+def kept(target: Path, **about: Any) -> dict[str, Any]:
+    """The results of earlier runs on the same encoder and data."""
+    found = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+    results: dict[str, Any] = found["results"] if all(found.get(key) == about[key] for key in about) else {}
+    return results
 
 
 def table(results: dict[str, Any]) -> str:
@@ -144,17 +154,14 @@ def main() -> None:
     }
     if options.no_measure:
         return
-    results = {name: result(name, command=commands[name], work=work, data=data) for name in chosen}
     files = {file: hashlib.sha256((data / file).read_bytes()).hexdigest() for file in ("train.tsv", "dev.tsv")}
-    found = {
-        "encoder": json.loads((options.encoder / "config.json").read_text(encoding="utf-8")).get("_name_or_path"),
-        "data_sha256": files,
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
-        "environment": report_of(work / TEACHER)["environment"],
-        "results": results,
-    }
-    (HERE / "results").mkdir(exist_ok=True)
+    encoder = json.loads((options.encoder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
     target = HERE / "results" / "classifier.json"
+    results = kept(target, encoder=encoder, data_sha256=files)
+    results |= {name: result(name, command=commands[name], work=work, data=data) for name in chosen}
+    results = {name: results[name] for name in RECIPES if name in results}
+    found = {"encoder": encoder, "data_sha256": files, "results": results}
+    target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(results), exits_table(results), sep="\n\n")
 

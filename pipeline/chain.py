@@ -18,7 +18,7 @@ from .engines import run_stage
 from .folders import memory_file
 from .identity import provenance_of, read_provenance
 from .measure import evaluation_section
-from .plans import Plan, plan_again
+from .plans import Plan, plan_again, unforeseen
 from .text import Windows
 from .tokens import same_tokens, windows_for
 from .train.plan import TrainingPlan
@@ -26,11 +26,10 @@ from .train.plan import TrainingPlan
 
 @dataclass(frozen=True)
 class StageDone:
-    """What a stage did (its plan, on what there was), recorded and weighs, how long it took (None if an earlier run did
-    it), what was measured."""
+    """A stage that has run. plan: on what it was given. bytes_after: of what it left. seconds: None where an earlier
+    run did it. evaluation: None where nothing was measured."""
 
     plan: Plan
-    kind: str
     method: str
     records: dict[str, Any]
     bytes_after: int
@@ -52,9 +51,8 @@ def run_chain(
         if number:
             before = run.plans[number - 1].result
             plan = plan_again(plan, run.context.recipe, number, source, before=before)
-            for note in plan.notes if ranks.is_main() else ():
-                if note not in run.plans[number].notes:
-                    run.context.progress.say(note)
+            for note in unforeseen(plan, run.plans[number]) if ranks.is_main() else ():
+                run.context.progress.say(note)
         is_last = target == run.output
         stage = run.context.recipe.stages[number]
         begin = time.perf_counter()
@@ -81,7 +79,7 @@ def run_chain(
         seconds = time.perf_counter() - begin if earlier is None else None
         source = Checkpoint.open(str(target))
         evaluation = None if is_last or not ranks.is_main() else _measured_once(run, number, source, kept)
-        done.append(StageDone(plan, plan.kind, stage.settings.label, records, source.nbytes, seconds, evaluation))
+        done.append(StageDone(plan, stage.settings.label, records, source.nbytes, seconds, evaluation))
     return done
 
 
@@ -97,13 +95,13 @@ def finished_chain(run: Run, provenance: dict[str, Any], kept: Windows | None) -
             result = Checkpoint.open(str(target))
         found = _remembered(run, number) if result is None else _measured_once(run, number, result, kept)
         size = plan.bytes_after if result is None else result.nbytes
-        done.append(StageDone(plan, one["kind"], one["method"], one["records"], size, None, found))
+        done.append(StageDone(plan, one["method"], one["records"], size, None, found))
     return done
 
 
 def _describer(run: Run, done: list[StageDone]) -> Callable[[dict[str, Any]], bytes]:
     """A function from a stage's records to the bytes of modelzip.json, with those of earlier stages."""
-    earlier = [{key: getattr(stage, key) for key in ("kind", "method", "records")} for stage in done]
+    earlier = [{"kind": one.plan.kind, "method": one.method, "records": one.records} for one in done]
     stage = run.context.recipe.stages[len(done)]
 
     def describe(records: dict[str, Any]) -> bytes:

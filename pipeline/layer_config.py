@@ -7,6 +7,7 @@ from typing import Any
 
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.rewrite import with_number
+from modelzip.weights.attributes import ATTRIBUTES
 
 
 def require_countable(config: Any) -> None:
@@ -36,4 +37,37 @@ def counted_anew(
             found[name] = [number for number, old in enumerate(kept) if old in value]
         elif "layer" in name and isinstance(value, list) and len(value) == layers:
             found[name] = [value[old] for old in kept]
+    return found
+
+
+def renumbered(quantization: Mapping[str, Any], path: str, kept: Sequence[int]) -> dict[str, Any]:
+    """The quantization config of what is left, modules of layers under their new numbers.
+
+    path: of the list of layers. Raises CheckpointError if a layer that stays shares a tensor that a layer that goes
+    owns.
+    """
+    found = dict(quantization)
+    for key in ("modules", ATTRIBUTES):
+        if key in quantization:
+            found[key] = _renamed(quantization[key], path, kept)
+    if "shared" in quantization:
+        found["shared"] = {}
+        for target, owner in _renamed(quantization["shared"], path, kept).items():
+            (renamed,) = _renamed({owner: ""}, path, kept) or (None,)
+            if renamed is None:
+                raise CheckpointError(f"{target} is shared with {owner}, which is in a layer that would go")
+            found["shared"][target] = renamed
+    return found
+
+
+def _renamed(entries: Mapping[str, Any], path: str, kept: Sequence[int]) -> dict[str, Any]:
+    """Entries by module name, those of layers under their new numbers."""
+    new = {str(old): str(number) for number, old in enumerate(kept)}
+    found = {}
+    for name, value in entries.items():
+        old, _, rest = name.removeprefix(f"{path}.").partition(".")
+        if not name.startswith(f"{path}."):
+            found[name] = value
+        elif old in new:
+            found[f"{path}.{new[old]}.{rest}"] = value
     return found

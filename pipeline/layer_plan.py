@@ -4,20 +4,17 @@ read."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modelzip.checkpoints.blocks import Linear, Structure, find_structure, skeleton
+from modelzip.checkpoints.blocks import Structure, find_structure, skeleton
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.names import NameMap
-from modelzip.compressors.factorize.budget import SMALLEST, already_small, ratio_for_budget
-from modelzip.compressors.factorize.settings import FactorizeSettings
-from modelzip.compressors.settings import MethodSettings
 from modelzip.recipes.match import matches, settings_for, unmatched
 from modelzip.recipes.schema import Stage
 from modelzip.weights.dense import Dense
@@ -32,6 +29,7 @@ from .request import Request
 from .room import memory_needed
 from .serving import at_sharers, shared_after
 from .table_plan import plan_tables
+from .target_size import sizer
 
 MEND = {
     "quantize": "take fewer bits or larger groups",
@@ -162,7 +160,7 @@ def _modules(
     """The modules that the stage works on, tables first, and those that the method refuses, with the reason."""
     stage, where, problems = request.stage, request.where, request.problems
     linears = [linear for block in structure.blocks for linear in block.linears]
-    sized = _sizer(request, linears, now)
+    sized = sizer(request, linears, now)
     named = [*(linear.name for linear in linears), *(table.name for table in tables)]
     problems.extend(_patterns(stage, named, structure, where=where))
     modules = list(tables)
@@ -199,42 +197,6 @@ def _modules(
             f"{misfits[0]}{_others(misfits)}; choose a divisor, or leave out --strict-groups."
         )
     return modules, {name: reason for name, reason in refused.items() if name not in again}
-
-
-def _sizer(
-    request: Request, linears: list[Linear], now: Mapping[str, CompressedWeight]
-) -> Callable[[MethodSettings], MethodSettings]:
-    """A function that turns a target size for the whole model into the one ratio of all matrices that leads there."""
-    target = getattr(request.stage.settings, "target_bytes", None)
-    if target is None:
-        return lambda settings: settings
-
-    def at(settings: MethodSettings, ratio: float) -> MethodSettings:
-        is_asked = isinstance(settings, FactorizeSettings) and settings.target_size is not None
-        return settings.at_ratio(ratio) if is_asked else settings  # type: ignore[attr-defined]
-
-    asked = {linear.name: settings_for(request.stage, linear.name) for linear in linears}
-
-    def bytes_at(ratio: float) -> int:
-        total = request.checkpoint.nbytes
-        for name, settings in asked.items():
-            if settings is not None:
-                before = now[name]
-                after = expected(method_of(settings), before, at(settings, ratio), value_dtype(before))
-                total += 0 if isinstance(after, str) else after.nbytes - before.nbytes
-        return total
-
-    problem = already_small(request.checkpoint.nbytes, target)
-    ratio = None if problem else ratio_for_budget(bytes_at, target)
-    if ratio is None:
-        problem = problem or (
-            f"target_size {target / 1e6:,.1f} MB can't be reached: what isn't factorized, and factors of the lowest "
-            f"rank, weigh {bytes_at(SMALLEST) / 1e6:,.1f} MB; ask for more, or quantize as well"
-        )
-        request.problems.append(f"{request.where}: {problem}.")
-        ratio = SMALLEST
-    found = ratio
-    return lambda settings: at(settings, found)
 
 
 def _result(checkpoint: Checkpoint, modules: list[ModulePlan], weights: Mapping[str, CompressedWeight]) -> Checkpoint:

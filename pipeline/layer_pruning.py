@@ -18,13 +18,12 @@ from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.compressors.prune.structural import every_other, least_influential
 from modelzip.compressors.prune.structural_settings import Layers
 from modelzip.recipes.schema import Recipe
-from modelzip.weights.attributes import ATTRIBUTES
 from modelzip.weights.layouts import MODELZIP
 
 from .calibrate import batches, forward_inputs
 from .context import Context
 from .importance import change_from, greedy_layers, hidden_input, main_value
-from .layer_config import counted_anew, require_countable
+from .layer_config import counted_anew, renumbered, require_countable
 from .measure import open_streamed
 from .room import memory_needed
 from .smaller import Headers, StructuralMethod, headers_of
@@ -213,39 +212,9 @@ def _config(model: Any, checkpoint: Checkpoint, stack: _Stack, kept: Sequence[in
         if isinstance(before.get(key), int):  # said outright, as T5 takes the decoder's from the encoder's
             config[key] = before[key]
     config = counted_anew(config, model.config, kept, keys=stack.keys)
-    quantization = checkpoint.quantization
-    if quantization is not None:
-        moved = {
-            key: _renamed(quantization[key], stack.path, kept) for key in ("modules", ATTRIBUTES) if key in quantization
-        }
-        config["quantization_config"] = {**quantization, **moved, **_renamed_shared(quantization, stack, kept)}
+    if checkpoint.quantization is not None:
+        config["quantization_config"] = renumbered(checkpoint.quantization, stack.path, kept)
     return config
-
-
-def _renamed(entries: Mapping[str, Any], path: str, kept: Sequence[int]) -> dict[str, Any]:
-    """Entries by module name, those of layers under their new numbers."""
-    new = {str(old): str(number) for number, old in enumerate(kept)}
-    found = {}
-    for name, value in entries.items():
-        old, _, rest = name.removeprefix(f"{path}.").partition(".")
-        if not name.startswith(f"{path}."):
-            found[name] = value
-        elif old in new:
-            found[f"{path}.{new[old]}.{rest}"] = value
-    return found
-
-
-def _renamed_shared(quantization: Mapping[str, Any], stack: _Stack, kept: Sequence[int]) -> dict[str, Any]:
-    """The tensors that are stored once, those of layers under their new numbers."""
-    if "shared" not in quantization:
-        return {}
-    found = {}
-    for target, owner in _renamed(quantization["shared"], stack.path, kept).items():
-        (renamed,) = _renamed({owner: ""}, stack.path, kept) or (None,)
-        if renamed is None:
-            raise CheckpointError(f"{target} is shared with {owner}, which is in a layer that would go")
-        found[target] = renamed
-    return {"shared": found}
 
 
 def _stack(settings: Layers, headers: Headers) -> _Stack:

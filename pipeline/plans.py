@@ -121,6 +121,11 @@ def plan_again(foreseen: Plan, recipe: Recipe, number: int, source: Checkpoint, 
     return plan
 
 
+def unforeseen(plan: Plan, foreseen: Plan) -> list[str]:
+    """The notes of a plan that was made again which the first one didn't have."""
+    return [note for note in plan.notes if note not in foreseen.notes]
+
+
 def _sizes(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
 

@@ -43,7 +43,7 @@ from .export import check_exports, export_all
 from .folders import sweep
 from .identity import fingerprint_of, header_hash, read_provenance
 from .measure import evaluation_section, open_running, pick_device, reopen
-from .plans import Plan, make_plans
+from .plans import Plan, make_plans, unforeseen
 from .progress import Progress
 from .sections import calibration_section, module_rows, plan_summary, size_section, stage_rows
 from .text import Windows, check_source
@@ -175,7 +175,7 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
     for number, (foreseen, stage) in enumerate(zip(run.plans, done, strict=True), 1):
         rows, sentences = module_rows(number, stage.plan, stage.records)
         modules += rows
-        fallbacks += [*sentences, *(note for note in stage.plan.notes if note not in foreseen.notes)]
+        fallbacks += [*sentences, *unforeseen(stage.plan, foreseen)]
     report = validate(
         {
             "modelzip": package_version("modelzip"),

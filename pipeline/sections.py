@@ -93,7 +93,7 @@ def stage_rows(done: Sequence[StageDone], evaluation: Mapping[str, Any] | None) 
     last = len(done) - 1
     return [
         {
-            "kind": stage.kind,
+            "kind": stage.plan.kind,
             "method": stage.method,
             "bytes_after": stage.bytes_after,
             "seconds": stage.seconds,

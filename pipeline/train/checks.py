@@ -10,6 +10,7 @@ from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits
 from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Lsq, Sequence
+from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
 from modelzip.weights.exits import ExitsConfig
 
@@ -85,3 +86,11 @@ def check_windows(student: Student, recipe: Recipe, problems: Problems) -> None:
             f"the student takes at most {mine} tokens, and windows of {length} measure it: set {name}.seq_len to "
             f"{mine}, or leave the evaluation out."
         )
+
+
+def check_patterns(stage: Stage, student: Student, problems: Problems) -> None:
+    """Every pattern of what stays as it is must match a module of the student."""
+    names = [name for name, _ in skeleton(shell(student)).named_modules()]
+    for pattern in stage.ignore:
+        if not any(matches(pattern, name) for name in names):
+            problems.add(f"the pattern {pattern!r} matches no module.")

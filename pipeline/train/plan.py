@@ -13,13 +13,12 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.distill.settings import DistillSettings, Logits, TaughtSettings
 from modelzip.compressors.distill.settings_students import BiLstm, Lsq, Sequence
 from modelzip.compressors.prune.settings_training import PruneTrainingSettings
-from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
 
 from ..calibrate import is_causal, longest
 from ..room import BASE_BYTES
 from .changes import forms, plan_changes
-from .checks import check_cache, check_origin, check_stage, check_windows
+from .checks import check_cache, check_origin, check_patterns, check_stage, check_windows
 from .data import Data, is_running_text, read_data, running_text
 from .fit import Problems, check_extras, check_tokens, objective_of, shell
 from .lesson import Objective
@@ -109,9 +108,7 @@ def plan_training(
     if student is not None:
         check_tokens(settings, student, teacher, problems)
         check_windows(student, recipe, problems)
-        for pattern in stage.ignore:
-            if not any(matches(pattern, name) for name, _ in skeleton(shell(student)).named_modules()):
-                problems.add(f"the pattern {pattern!r} matches no module.")
+        check_patterns(stage, student, problems)
     if objective is not None and data is not None:
         check_extras(settings, objective, data, validation, problems)
     changes = None

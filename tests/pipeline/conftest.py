@@ -7,7 +7,7 @@ import json
 import random
 import string
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, chdir, contextmanager, redirect_stdout
 from copy import deepcopy
 from io import StringIO
 from pathlib import Path
@@ -121,6 +121,36 @@ def compress(here, recipe_of) -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def progress() -> Progress:
     return Progress()
+
+
+class Killed(BaseException):
+    """What happens to a run that is killed."""
+
+
+class Fatal(Progress):
+    """Progress that ends the run the `times`-th time that a step of this stage is at this number or past it."""
+
+    def __init__(self, stage: str, done: int, *, times: int) -> None:
+        super().__init__()
+        self._stage, self._done, self._times = stage, done, times
+
+    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
+        if stage == self._stage and done >= self._done:
+            self._times -= 1
+            if self._times == 0:
+                raise Killed
+
+
+@pytest.fixture(scope="session")
+def killed_at() -> Callable[..., AbstractContextManager[Progress]]:
+    """with killed_at("train", 6, times=1) as progress: a run that this progress is given to, which is killed there."""
+
+    @contextmanager
+    def fatal(stage: str, done: int, *, times: int = 1) -> Iterator[Progress]:
+        with pytest.raises(Killed):
+            yield Fatal(stage, done, times=times)
+
+    return fatal
 
 
 @pytest.fixture(scope="session")

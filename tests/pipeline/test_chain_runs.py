@@ -215,25 +215,6 @@ def test_without_each_stage_only_the_end_is_measured(place, go, tmp_path):
     assert [stage["evaluation"] is None for stage in report["stages"]] == [True, False]
 
 
-class Killed(BaseException):
-    """What happens to a run that is killed."""
-
-
-class KilledAt(Quiet):
-    """Progress that ends the run the `times`-th time that a step of this name is at this number or past it."""
-
-    def __init__(self, stage: str, done: int, *, times: int = 1) -> None:
-        super().__init__()
-        self._stage, self._done, self._times = stage, done, times
-
-    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        super().step(stage, done, total)
-        if stage == self._stage and done >= self._done:
-            self._times -= 1
-            if self._times == 0:
-                raise Killed
-
-
 def chain_of(place: Place) -> list[dict[str, Any]]:
     return [
         {"prune": {"method": "layers", "drop": [1]}},
@@ -265,10 +246,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     ],
     ids=["training", "pruning", "quantizing", "measuring"],
 )
-def test_killed_in_any_stage_a_chain_goes_on_where_it_was(place, go, whole, tmp_path, moment, left):
+def test_killed_in_any_stage_a_chain_goes_on_where_it_was(place, go, whole, killed_at, tmp_path, moment, left):
     recipe = place.recipe(*chain_of(place))
-    with pytest.raises(Killed):
-        go(recipe, tmp_path / "out", progress=KilledAt(*moment))
+    with killed_at(*moment) as progress:
+        go(recipe, tmp_path / "out", progress=progress)
     assert hidden(tmp_path) == sorted(left)
     with pytest.raises(OutputError, match=r"give --resume to go on with it, or --overwrite to start again"):
         go(recipe, tmp_path / "out")
@@ -284,10 +265,10 @@ def test_killed_in_any_stage_a_chain_goes_on_where_it_was(place, go, whole, tmp_
     assert measured == 4 - max(0, len(finished) - (moment[0] == "evaluate"))
 
 
-def test_a_chain_killed_while_the_end_is_measured_only_measures_that(place, go, whole, tmp_path):
+def test_a_chain_killed_while_the_end_is_measured_only_measures_that(place, go, whole, killed_at, tmp_path):
     recipe = place.recipe(*chain_of(place))
-    with pytest.raises(Killed):
-        go(recipe, tmp_path / "out", progress=KilledAt("evaluate", 128, times=4))
+    with killed_at("evaluate", 128, times=4) as progress:
+        go(recipe, tmp_path / "out", progress=progress)
     progress = Quiet()
     report = go(recipe, tmp_path / "out", resume=True, progress=progress)
     assert files_of(tmp_path / "out") == whole
@@ -298,10 +279,10 @@ def test_a_chain_killed_while_the_end_is_measured_only_measures_that(place, go, 
 
 
 @pytest.fixture
-def killed(place, go, tmp_path) -> Path:
+def killed(place, go, killed_at, tmp_path) -> Path:
     """The output of a chain killed in its third stage."""
-    with pytest.raises(Killed):
-        go(place.recipe(*chain_of(place)), tmp_path / "out", progress=KilledAt("prune", 1))
+    with killed_at("prune", 1) as progress:
+        go(place.recipe(*chain_of(place)), tmp_path / "out", progress=progress)
     return tmp_path / "out"
 
 

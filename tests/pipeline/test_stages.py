@@ -132,32 +132,12 @@ def test_the_second_stages_plan_starts_from_the_firsts_bytes_and_counts_its_disk
     assert [len(plan.modules) for plan in plans] == [8, 6]
 
 
-class Killed(BaseException):
-    """What happens to a run that is killed."""
-
-
-class KilledInTheSecondStage:
-    """Progress that ends the run at the second block of the second stage."""
-
-    def __init__(self) -> None:
-        self.starts = 0
-
-    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        if stage == "quantize":
-            self.starts += done == 0
-            if self.starts == 2 and done == 1:
-                raise Killed
-
-    def say(self, line: str) -> None:
-        pass
-
-
 @pytest.fixture
-def killed(speaking, recipe_of, text_file, here, tmp_path) -> Path:
+def killed(speaking, recipe_of, text_file, here, killed_at, tmp_path) -> Path:
     """Where the output would be of a run that was killed in its second stage."""
     recipe = recipe_of(speaking("llama"), *stages("gptq"), calibration={"source": str(text_file)})
-    with pytest.raises(Killed):
-        here(lambda: run_recipe(recipe, output=tmp_path / "out", progress=KilledInTheSecondStage()))
+    with killed_at("quantize", 1, times=3) as progress:  # the first stage is at 1 and 2
+        here(lambda: run_recipe(recipe, output=tmp_path / "out", progress=progress))
     assert sorted(hidden(tmp_path)) == [".out.partial", ".out.stage1"]
     assert not (tmp_path / "out").exists()
     return tmp_path / "out"

@@ -40,24 +40,6 @@ def tables(write_labelled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Killed(BaseException):
-    """What happens to a run that is killed."""
-
-
-class Fatal:
-    """Progress that ends the run at a step of training."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        if stage == "train" and done == self._step:
-            raise Killed
-
-    def say(self, line: str) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def distil(train_stage) -> Callable[..., dict[str, Any]]:
     """distil(model, output, stage, ...) -> the record; what was written is as it was planned."""
@@ -146,12 +128,12 @@ def test_later_stages_refuse_students_of_our_own_kinds(kind, request, progress):
 
 
 @pytest.mark.parametrize("method", ["bilstm", "fastbert"])
-def test_a_killed_run_ends_in_the_same_bytes(method, distil, teacher, tables, tmp_path):
+def test_a_killed_run_ends_in_the_same_bytes(method, distil, teacher, tables, killed_at, tmp_path):
     stage = {**QUICK, "method": method, "data": str(tables / "train.tsv"), "save_every": 2, "max_steps": 6}
     stage |= SMALL if method == "bilstm" else {}
     whole = distil(teacher, tmp_path / "whole", stage)
-    with pytest.raises(Killed):
-        distil(teacher, tmp_path / "killed", stage, progress=Fatal(5))
+    with killed_at("train", 5) as progress:
+        distil(teacher, tmp_path / "killed", stage, progress=progress)
     assert distil(teacher, tmp_path / "killed", stage, resume=True) == whole
     read = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert read[0] == read[1]
@@ -250,10 +232,10 @@ def test_a_student_of_sequences_learns_what_follows_the_prompts_alone(
     assert record["data"]["examples"] == 16
 
 
-def test_a_resumed_student_of_sequences_finds_its_texts_again(distil, speaking, tmp_path, monkeypatch):
+def test_a_resumed_student_of_sequences_finds_its_texts_again(distil, speaking, killed_at, tmp_path, monkeypatch):
     stage = {"method": "sequence", "texts": 16, "text_length": 8, "train_batch_size": 8, "max_steps": 4}
-    with pytest.raises(Killed):
-        distil(speaking("llama"), tmp_path / "killed", {**stage, "save_every": 2}, progress=Fatal(3))
+    with killed_at("train", 3) as progress:
+        distil(speaking("llama"), tmp_path / "killed", {**stage, "save_every": 2}, progress=progress)
     monkeypatch.setattr(lessons, "teacher_texts", None)
     distil(speaking("llama"), tmp_path / "killed", {**stage, "save_every": 2}, resume=True)
 

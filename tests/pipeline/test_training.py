@@ -109,31 +109,13 @@ def test_a_killed_run_that_is_resumed_ends_on_the_same_curve_and_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job.json", "killed", "whole"]
 
 
-class Killed(BaseException):
-    """What happens to a run that is killed."""
-
-
-class Fatal:
-    """Progress that ends the run at a step."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        if done == self._step:
-            raise Killed
-
-    def say(self, line: str) -> None:
-        pass
-
-
 @pytest.mark.parametrize("moment", [1, 5, 8])
-def test_a_run_that_keeps_its_best_weights_resumes_at_any_step(speaking, learn, tables, tmp_path, moment):
+def test_a_run_that_keeps_its_best_weights_resumes_at_any_step(speaking, learn, tables, killed_at, tmp_path, moment):
     stage = {**QUICK, "data": str(tables / "train.tsv"), "validation": str(tables / "dev.tsv"), "max_steps": 9}
     stage |= {"save_every": 3, "eval_every": 2, "train_batch_size": 64, "keep": "loss", "gradient_accumulation": 2}
     whole = learn(speaking("bert"), tmp_path / "whole", stage)
-    with pytest.raises(Killed):
-        learn(speaking("bert"), tmp_path / "killed", stage, progress=Fatal(moment))
+    with killed_at("train", moment) as progress:
+        learn(speaking("bert"), tmp_path / "killed", stage, progress=progress)
     resumed = learn(speaking("bert"), tmp_path / "killed", stage, resume=True)
     assert resumed == whole
     assert files(tmp_path / "killed") == files(tmp_path / "whole")

@@ -32,21 +32,6 @@ def place(save_classifier, write_labelled, tmp_path_factory) -> Path:
     return folder
 
 
-class Killed(BaseException):
-    """As if the process had ended."""
-
-
-class Fatal:
-    """Progress in whose sixth step the run is killed."""
-
-    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        if (stage, done) == ("train", 6):
-            raise Killed
-
-    def say(self, line: str) -> None:
-        pass
-
-
 @pytest.mark.parametrize("before", [(shared(),), (shared(scope="feed-forward"), SVD)], ids=["whole", "factors"])
 def test_shared_layers_are_healed_and_stay_one(before, place, compress, tmp_path):
     heal = {"distill": {"method": "labels", "data": str(place / "train.tsv"), **TRAINED}}
@@ -80,12 +65,12 @@ def test_factors_of_a_tied_table_are_trained_for_both_of_its_uses(speaking, comp
     assert torch.equal(table.dense(torch.float32), head.dense(torch.float32))
 
 
-def test_a_killed_training_of_shared_layers_ends_in_the_same_bytes(place, train_stage, compress, tmp_path):
+def test_a_killed_training_of_shared_layers_ends_in_the_same_bytes(place, train_stage, compress, killed_at, tmp_path):
     compress(place / "model", tmp_path / "before", shared())
     stage = {"method": "labels", "data": str(place / "train.tsv"), **TRAINED, "max_steps": 12, "save_every": 4}
     train_stage(tmp_path / "before", tmp_path / "whole", "distill", stage)
-    with pytest.raises(Killed):
-        train_stage(tmp_path / "before", tmp_path / "killed", "distill", stage, progress=Fatal())
+    with killed_at("train", 6) as progress:
+        train_stage(tmp_path / "before", tmp_path / "killed", "distill", stage, progress=progress)
     train_stage(tmp_path / "before", tmp_path / "killed", "distill", stage, resume=True)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert files[0] == files[1]

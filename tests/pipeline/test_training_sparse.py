@@ -250,44 +250,26 @@ def test_each_training_has_curves_of_its_own(material, stage, train_stage, tmp_p
     assert [folder.name for folder in folders] == ["round 1", "round 2", "control random", "ticket"]
 
 
-class Killed(BaseException):
-    """What happens to a run that is killed."""
-
-
-class Fatal:
-    """Progress that ends the run at a step of one of its trainings."""
-
-    def __init__(self, stage: str, at: int) -> None:
-        self._fatal = (stage, at)
-
-    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        if (stage, done) == self._fatal:
-            raise Killed
-
-    def say(self, line: str) -> None:
-        pass
-
-
-@pytest.mark.parametrize("fatal", [("round 2", 5), ("control random", 2), ("ticket", 6)])
-def test_a_killed_lottery_goes_on_in_the_round_where_it_stopped(material, stage, train_stage, tmp_path, fatal):
+@pytest.mark.parametrize("moment", [("round 2", 5), ("control random", 2), ("ticket", 6)])
+def test_a_killed_lottery_goes_on_where_it_stopped(material, stage, train_stage, killed_at, tmp_path, moment):
     asked = {**stage, "method": "lottery", "sparsity": 0.6, "round_share": 0.4, "controls": ["random"], "rewind": 0.3}
     asked |= {"max_steps": 7, "save_every": 3}
     whole = train_stage(material / "fresh", tmp_path / "whole", "prune", asked)
-    with pytest.raises(Killed):
-        train_stage(material / "fresh", tmp_path / "killed", "prune", asked, progress=Fatal(*fatal))
+    with killed_at(*moment) as progress:
+        train_stage(material / "fresh", tmp_path / "killed", "prune", asked, progress=progress)
     watch = Watch()
     resumed = train_stage(material / "fresh", tmp_path / "killed", "prune", asked, resume=True, callbacks=[watch])
     order = ["round 1", "round 2", "control random", "ticket"]
-    assert len(watch.starts) == len(order) - order.index(fatal[0])
+    assert len(watch.starts) == len(order) - order.index(moment[0])
     assert resumed == whole
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_a_killed_gradual_pruning_ends_in_the_same_bytes(dense, stage, train_stage, tmp_path):
+def test_a_killed_gradual_pruning_ends_in_the_same_bytes(dense, stage, train_stage, killed_at, tmp_path):
     asked = {**stage, "method": "gradual-magnitude", "sparsity": 0.9, "max_steps": 9, "save_every": 4, "prune_every": 3}
     whole = train_stage(dense, tmp_path / "whole", "prune", asked)
-    with pytest.raises(Killed):
-        train_stage(dense, tmp_path / "killed", "prune", asked, progress=Fatal("train", 6))
+    with killed_at("train", 6) as progress:
+        train_stage(dense, tmp_path / "killed", "prune", asked, progress=progress)
     assert train_stage(dense, tmp_path / "killed", "prune", asked, resume=True) == whole
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
