@@ -43,3 +43,17 @@ def product_path(*tensors: Tensor) -> str:
             f"MODELZIP_KERNELS is 'compiled', but its matrix products need AVX2; this CPU has {capability}"
         )
     return found
+
+
+def moment_path(*tensors: Tensor) -> str:
+    """The same for the Hessian of rows: `compiled-bf16` where they are bf16 and the CPU has units for that.
+
+    Those sum in fp32; torch's product of bf16 would be rounded.
+    """
+    is_narrow = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
+    return "compiled-bf16" if is_narrow and path(*tensors) == "compiled" and has_pairs() else product_path(*tensors)
+
+
+def has_pairs() -> bool:
+    """Whether a product of bf16 in pairs was compiled, and the CPU has AVX-512 BF16."""
+    return hasattr(library(), "second_moment_pairs") and bool(torch.cpu._is_avx512_bf16_supported())

@@ -19,6 +19,7 @@ ARGUMENTS = {
 PRODUCTS = {
     "mixed_linear": (c_int, *[c_int64] * 6, c_int, *[c_void_p] * 6),
     "second_moment": (c_int, *[c_int64] * 2, c_int, *[c_void_p] * 4),
+    "second_moment_pairs": (c_int, *[c_int64] * 2, *[c_void_p] * 3),
 }
 """The same for those that only x86-64 has."""
 

@@ -34,7 +34,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "device": name,
         "threads": torch.get_num_threads(),
         "kernels": dispatch.path(torch.empty(0, device=device)),
-        "products": dispatch.product_path(torch.empty(0, device=device)),
+        "products": dispatch.moment_path(torch.empty(0, dtype=torch.bfloat16, device=device)),
     }
 
 

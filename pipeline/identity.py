@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.kernels import dispatch
 from modelzip.recipes.load import recipe_data
@@ -45,7 +47,8 @@ def fingerprint_of(recipe: Recipe, checkpoint: Checkpoint) -> str:
     named = [getattr(stage.settings, key, None) for stage in recipe.stages for key in READ]
     stats += [one for path in (recipe.calibration.source, *named) if path is not None for one in _stats(Path(path))]
     versions = {name: package_version(name) for name in PACKAGES}
-    whole = [data, stats, header_hash(checkpoint), versions, dispatch.path(), dispatch.product_path()]
+    paths = [dispatch.path(), dispatch.moment_path(torch.empty(0, dtype=torch.bfloat16))]
+    whole = [data, stats, header_hash(checkpoint), versions, *paths]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from .. import dispatch
 from . import cpu, reference
+
+PATHS: Final = {
+    "reference": reference.add_second_moment,
+    "compiled": cpu.add_second_moment,
+    "compiled-bf16": cpu.add_pairs,
+}
 
 
 def add_second_moment(total: Tensor, rows: Tensor) -> None:
@@ -19,5 +27,4 @@ def add_second_moment(total: Tensor, rows: Tensor) -> None:
         raise ValueError(f"rows {tuple(rows.shape)} don't fit a total of {tuple(total.shape)}")
     if total.dtype != torch.float32 or not total.is_contiguous():
         raise ValueError(f"total must be contiguous fp32, not {total.dtype} with strides {total.stride()}")
-    compiled = dispatch.product_path(total, rows) == "compiled"
-    (cpu.add_second_moment if compiled else reference.add_second_moment)(total, rows)
+    PATHS[dispatch.moment_path(total, rows)](total, rows)

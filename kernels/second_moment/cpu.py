@@ -1,4 +1,4 @@
-"""The symmetric update in C."""
+"""The symmetric update in C: for AVX2, and of bf16 rows for AVX-512 BF16."""
 
 from __future__ import annotations
 
@@ -18,3 +18,15 @@ def add_second_moment(total: Tensor, rows: Tensor) -> None:
     x = (rows if rows.dtype in DTYPES else rows.float()).contiguous()
     sizes = (torch.get_num_threads(), width, tokens, constant(DTYPES[x.dtype]))
     native.second_moment(*sizes, *map(pointer, (x, total, groups, panels)))
+
+
+def add_pairs(total: Tensor, rows: Tensor) -> None:
+    """The same for bf16 rows."""
+    native = library()
+    assert native is not None
+    tokens, width = rows.shape
+    panel = constant("second_moment_pairs_columns")
+    padded = -(-width // panel) * panel
+    panels = torch.empty(constant("second_moment_pairs_depth") // 2, padded, dtype=torch.int32)
+    parts = (rows.contiguous(), total, panels)
+    native.second_moment_pairs(torch.get_num_threads(), width, tokens, *map(pointer, parts))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modelzip.kernels import dispatch
 from modelzip.kernels.native import library
 
 
@@ -21,22 +22,43 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def _name(path: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    if path == "compiled" and library() is None:
+        assert shutil.which("cc") is None, "there is a C compiler, but the compiled kernels aren't there"
+        pytest.skip("there is no C compiler")
+    monkeypatch.setenv("MODELZIP_KERNELS", path)
+    return path
+
+
 @pytest.fixture(params=["reference", "compiled"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each path that the kernel has on a CPU."""
-    if request.param == "compiled" and library() is None:
-        assert shutil.which("cc") is None, "there is a C compiler, but the compiled kernels aren't there"
-        pytest.skip("there is no C compiler")
-    monkeypatch.setenv("MODELZIP_KERNELS", request.param)
-    return str(request.param)
+    return _name(request.param, monkeypatch)
+
+
+def _require_avx2() -> None:
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this CPU has no AVX2")
 
 
 @pytest.fixture
 def product_path(path: str) -> str:
     """The same for matrix products, whose compiled path takes AVX2."""
-    if path == "compiled" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("this CPU has no AVX2")
+    if path == "compiled":
+        _require_avx2()
     return path
+
+
+@pytest.fixture(params=["reference", "compiled", "compiled-bf16"])
+def moment_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path to a Hessian; `compiled-bf16` is taken by bf16 rows only."""
+    if _name(request.param.removesuffix("-bf16"), monkeypatch) == "compiled":
+        _require_avx2()
+    if request.param != "compiled-bf16":
+        monkeypatch.setattr(dispatch, "has_pairs", lambda: False)
+    elif not dispatch.has_pairs():
+        pytest.skip("this CPU has no AVX-512 BF16")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

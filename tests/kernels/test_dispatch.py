@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -53,6 +55,25 @@ def test_a_product_is_compiled_where_that_pays(monkeypatch, wanted, capability, 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setenv("MODELZIP_KERNELS", wanted)
     assert dispatch.product_path(HERE) == taken
+
+
+@pytest.mark.parametrize(
+    ("wanted", "units", "dtype", "taken"),
+    [
+        ("auto", True, torch.bfloat16, "compiled-bf16"),
+        ("auto", False, torch.bfloat16, "reference"),
+        ("auto", True, torch.float32, "reference"),
+        ("compiled", True, torch.bfloat16, "compiled-bf16"),
+        ("compiled", False, torch.bfloat16, "compiled"),
+        ("reference", True, torch.bfloat16, "reference"),
+    ],
+)
+def test_a_hessian_of_bf16_is_compiled_where_the_cpu_has_units_for_it(monkeypatch, wanted, units, dtype, taken):
+    monkeypatch.setattr(dispatch, "library", lambda: SimpleNamespace(second_moment_pairs=None))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
+    monkeypatch.setenv("MODELZIP_KERNELS", wanted)
+    assert dispatch.moment_path(HERE, HERE.to(dtype)) == taken
 
 
 def test_a_compiled_product_that_this_cpu_cannot_run_is_refused(monkeypatch):

@@ -7,11 +7,11 @@ import torch
 
 from modelzip.kernels.second_moment import add_second_moment
 
-pytestmark = pytest.mark.usefixtures("product_path")
+pytestmark = pytest.mark.usefixtures("moment_path")
 
-WIDTHS = [1, 3, 4, 23, 24, 25, 48, 127, 128, 129, 192, 200, 400]
+WIDTHS = [1, 3, 4, 8, 23, 24, 25, 47, 48, 49, 127, 128, 129, 192, 200, 400]
 TOKENS = [0, 1, 255, 256, 257, 1100]
-"""On both sides of the compiled path's tiles, blocks and depths, and of the reference's panels and slabs."""
+"""On both sides of the compiled paths' tiles, blocks and depths, and of the reference's panels and slabs."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -49,6 +49,18 @@ def test_threads_do_not_change_the_result(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     add_second_moment(found, rows)
     assert torch.equal(found.tril(), wanted.tril())
+
+
+def test_what_is_not_finite_is_not_lost():
+    rows = torch.ones(300, 60).bfloat16()
+    rows[299, 7], rows[0, 50] = float("nan"), float("inf")
+    total = torch.zeros(60, 60)
+    add_second_moment(total, rows)
+    lower = total.tril()
+    assert lower[7, :8].isnan().all()
+    assert lower[8:, 7].isnan().all()
+    assert lower[50, 50] == float("inf")
+    assert lower[6, :7].eq(300).all()
 
 
 def test_shapes_and_types_that_do_not_fit_are_refused():
