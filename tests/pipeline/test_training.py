@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -381,8 +382,18 @@ def test_tensorboard_that_isnt_installed_is_told_before_anything_runs(speaking, 
     assert told == ["distill: tensorboard needs the package of that name: install it, or leave tensorboard out."]
 
 
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+"""What `accelerate launch --use_fsdp` tells its processes."""
+
+
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns_that_accumulates_twice(without_dropout, tables, tmp_path):
+@pytest.mark.parametrize("sharded", [{}, SHARDED], ids=["ddp", "fsdp"])
+def test_two_processes_learn_what_one_learns_that_accumulates_twice(sharded, without_dropout, tables, tmp_path):
     """61 rows to measure on: the processes' shares aren't alike."""
     write_table(tmp_path / "dev.tsv", count=61, seed=2)
     stage = {**QUICK, "data": str(tables / "train.tsv"), "validation": str(tmp_path / "dev.tsv"), "max_steps": 10}
@@ -393,9 +404,13 @@ def test_two_processes_learn_what_one_learns_that_accumulates_twice(without_drop
         job = {"model": model, "output": str(output), "stage": {**stage, "gradient_accumulation": 2 // count}}
         (tmp_path / "job.json").write_text(json.dumps({**job, "stage": {**job["stage"], "eval_every": 5}}))
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if count == 2 else []
-        told = subprocess.run([sys.executable, *launch, script, str(tmp_path / "job.json")], capture_output=True)
+        command = [sys.executable, *launch, script, str(tmp_path / "job.json")]
+        told = subprocess.run(command, capture_output=True, env={**os.environ, **(sharded if count == 2 else {})})
         assert told.returncode == 0, told.stderr.decode()
         assert told.stdout == b""
         curves[count] = json.loads((output / "modelzip.json").read_text())["curve"]
     for one, two in zip(curves[1], curves[2], strict=True):
         assert one == pytest.approx(two, rel=1e-5)  # measured: 6e-8
+    one, two = (weights(tmp_path / name) for name in ("1", "2"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
