@@ -247,6 +247,28 @@ def test_the_results_are_those_of_the_committed_benchmarks(file, ours, peer) -> 
         ]
 
 
+def test_the_classifiers_are_those_of_the_committed_benchmark() -> None:
+    """A model with exits is told at the threshold that the README names."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = table_after(page, "[classifier.json](benchmarks/results/classifier.json)")
+    results = json.loads((ROOT / "benchmarks" / "results" / "classifier.json").read_text())["results"]
+    assert {name.strip("`") for name in rows if name.startswith("`")} == results.keys()
+    for name, result in results.items():
+        told = result["evaluation"]
+        exits = [row for row in told["exits"] or () if f"below {row['threshold']:g}" in rows[f"`{name}`"][0]]
+        accuracy, latency = told["accuracy"], told["latency"] or {}
+        share = accuracy["compressed"]
+        if exits:
+            accuracy, latency = exits[0], exits[0]["latency"]
+            share = accuracy["accuracy"]
+        speeds = [latency[way]["speedup"] if way in latency else None for way in ("single", "batched")]
+        assert rows[f"`{name}`"][1:] == [
+            f"{100 * share:.1f} % ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})",
+            f"{result['bytes'] / 1e6:.1f} MB",
+            *("" if speed is None else f"{speed:#.3g} ×" for speed in speeds),
+        ]
+
+
 def test_memory_by_depth_is_that_of_the_committed_benchmark() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     depths = json.loads((ROOT / "benchmarks" / "results" / "depth.json").read_text(encoding="utf-8"))["depths"]
