@@ -265,7 +265,7 @@ def test_the_classifiers_are_those_of_the_committed_benchmark() -> None:
         assert rows[f"`{name}`"][1:] == [
             f"{100 * share:.1f} % ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})",
             f"{result['bytes'] / 1e6:.1f} MB",
-            *("" if speed is None else f"{speed:#.3g} ×" for speed in speeds),
+            *("" if speed is None else f"{speed:.{2 if speed < 10 else 1}f} ×" for speed in speeds),
         ]
 
 
