@@ -33,7 +33,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 REPRESENTATIVE = frozenset({"README.md", "run.md", "distill.md"})
 BLOCK = re.compile(r"^```(?P<language>\w*) *(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 VERBS = (*STAGES, "run", "evaluate", "export", "methods", "recipe check", "recipe show", "recipe schema")
-NOT_OURS = {"--strict", "--cpu"}  # options of other programs that the pages name
+NOT_OURS = {"--strict", "--cpu", "--use_fsdp", "--fsdp_version"}  # options of other programs that the pages name
 
 
 @dataclass(frozen=True)
