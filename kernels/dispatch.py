@@ -31,8 +31,8 @@ def path(*tensors: Tensor) -> str:
 def product_path(*tensors: Tensor) -> str:
     """The same for a matrix product, which is compiled for x86-64 with AVX2.
 
-    With AVX-512 `auto` takes torch's, which has twice the width there. On Zen 4, whose units have half of it, ours takes
-    0.79 to 0.91 of the time; on others the two have not been timed beside each other.
+    With AVX-512 `auto` takes torch's, which has twice the width there. On Zen 4, whose units have half of it, ours
+    takes 0.79 to 0.91 of the time; on others the two have not been timed beside each other.
     """
     found, capability = path(*tensors), torch.backends.cpu.get_cpu_capability()
     if found == "reference" or capability == "AVX2":

@@ -160,8 +160,8 @@ def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_named_on_the_page_is_in_the_help_of_some_command(page: Path) -> None:
-    known = set(re.findall(r"--[a-z][a-z-]*[a-z]", " ".join(help_text(verb) for verb in VERBS)))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page.read_text(encoding="utf-8")))
+    known = set(re.findall(r"--[a-z][a-z_-]*[a-z]", " ".join(help_text(verb) for verb in VERBS)))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", page.read_text(encoding="utf-8")))
     assert named - known - NOT_OURS == set()
 
 
