@@ -229,6 +229,7 @@ def large(number: float) -> str:
         ("gptq-vs-peer.json", "modelzip `gptq`", "llm-compressor `GPTQ`"),
         ("sparsegpt-vs-peer.json", "modelzip `sparsegpt`", "llm-compressor `SparseGPT`"),
         ("prune-2of4.json", "modelzip `sparsegpt`", ""),
+        ("svd-80.json", "modelzip `svd-llm`", ""),
     ],
 )
 def test_the_results_are_those_of_the_committed_benchmarks(file, ours, peer) -> None:
