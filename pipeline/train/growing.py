@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modelzip.checkpoints.errors import RecipeError
 from modelzip.compressors.prune.lottery import kept_at, sparsity_of
 from modelzip.compressors.prune.masked import MaskedLinear
 from modelzip.compressors.prune.movement import MovementLinear, soft_penalty
@@ -86,19 +84,10 @@ class Growing(TrainerCallback):
             return
         assert isinstance(self._settings, GradualMagnitude)
         weights = {name: module.weight.detach() for name, module in self._masked.items()}
-        kept = kept_at(weights, self._first_on(weights), sparsity=sparsity, scope=self._settings.scope)
+        self._first = {name: mask.to(weights[name].device) for name, mask in self._first.items()}
+        kept = kept_at(weights, self._first, sparsity=sparsity, scope=self._settings.scope)
         for name, module in self._masked.items():
             module.kept.copy_(kept[name])
-
-    def _first_on(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, weight in weights.items():
-            if weight.shape != self._first[name].shape:
-                raise RecipeError(
-                    f"{name} is spread over processes, and {self._settings.method} compares whole matrices: train "
-                    "without FSDP."
-                )
-            self._first[name] = self._first[name].to(weight.device)
-        return self._first
 
     def _kept(self) -> dict[str, Tensor]:
         with torch.no_grad():

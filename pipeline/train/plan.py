@@ -23,6 +23,7 @@ from .data import Data, is_running_text, read_data, running_text
 from .fit import Problems, check_extras, check_tokens, objective_of, shell
 from .lesson import Objective
 from .made import is_new, student_of
+from .spread import check_spread
 from .student import (
     Student,
     architecture,
@@ -96,6 +97,7 @@ def plan_training(
     assert isinstance(settings, DistillSettings)
     problems = Problems(where)
     check_stage(stage, source, problems)
+    check_spread(settings, problems)
     teacher = _teacher(settings, recipe, source, problems)
     origin = _origin(settings, source, teacher)
     check_origin(stage, source, teacher, recipe=recipe, problems=problems)

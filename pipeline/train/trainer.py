@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modelzip.checkpoints.shards import disk_errors
 from modelzip.compressors.distill.settings import DistillSettings
@@ -258,7 +259,7 @@ def train(
     In the end every process has the weights that are kept, but where they lie apart (FSDP, ZeRO 3): there only the
     main one has them. callbacks: a method's own schedule.
     """
-    with _hushed(), torch.enable_grad():
+    with _hushed(), _deepspeed_forgotten(), torch.enable_grad():
         trainer = LessonTrainer(lesson, course, material=material, measured=measured, work=work)
         rhythm = Rhythm(course.beat, order=trainer.order, material=material, seed=course.seed, progress=progress)
         for callback in (rhythm, *callbacks):
@@ -266,7 +267,7 @@ def train(
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         curve = curve_of(trainer.state)
         kept, steps = trainer.state.global_step, trainer.state.global_step
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
         if course.beat.keep != "last" and (best := course.beat.best(curve)) is not None:
             kept = best["step"]
             if kept != steps:
@@ -274,6 +275,15 @@ def train(
                 state = {name: best_state[twin] for name, twin in _twins(state).items()}
     own = {name.removeprefix("student."): tensor for name, tensor in state.items() if name.startswith("student.")}
     return Learned(own, curve, kept, steps, rhythm.stopped_early)
+
+
+@contextmanager
+def _deepspeed_forgotten() -> Iterator[None]:
+    """After a training, models are made as before it: of ZeRO 3's settings transformers would go on to spread them."""
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

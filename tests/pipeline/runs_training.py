@@ -36,14 +36,20 @@ class Fatal:
 
 
 def shard_on_cpus() -> None:
-    """accelerate takes FSDP on accelerators only, though torch has it for CPUs: here it takes it there, too."""
+    """accelerate takes FSDP and DeepSpeed on accelerators only, though both run on CPUs: here it takes them there."""
     began = AcceleratorState.__init__
 
     def begin(self: AcceleratorState, *args: Any, **options: Any) -> None:
         began(self, *args, **options)
+        kind = None
         if options.get("fsdp_plugin") is not None:
-            self.fsdp_plugin = options["fsdp_plugin"]
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            kind, self.fsdp_plugin = DistributedType.FSDP, options["fsdp_plugin"]
+        if (plugin := options.get("deepspeed_plugin")) is not None:
+            plugin.set_mixed_precision("no")
+            plugin.select(_from_accelerator_state=True)
+            kind, self.deepspeed_plugins = DistributedType.DEEPSPEED, {"default": plugin}
+        if kind is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = kind
 
     AcceleratorState.__init__ = begin  # type: ignore[method-assign]
 
@@ -55,8 +61,7 @@ def main(job: str, step: str | None = None) -> None:
     plan = plan_training(recipe.stages[0], source, recipe=recipe, output=output)
     progress = Fatal(None if step is None else int(step))
     context = Context(recipe, torch.device("cpu"), fingerprint_of(recipe, source), Clock(), progress)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        shard_on_cpus()
+    shard_on_cpus()
     torch.set_grad_enabled(False)  # as a run of several stages does
     run_training(
         plan,
@@ -67,8 +72,9 @@ def main(job: str, step: str | None = None) -> None:
         resume=False,
         context=context,
     )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        assert PartialState().distributed_type == DistributedType.FSDP
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
+            assert PartialState().distributed_type == DistributedType[name]
 
 
 if __name__ == "__main__":

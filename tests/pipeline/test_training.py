@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -382,18 +383,29 @@ def test_tensorboard_that_isnt_installed_is_told_before_anything_runs(speaking, 
     assert told == ["distill: tensorboard needs the package of that name: install it, or leave tensorboard out."]
 
 
-SHARDED = {
+FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
 """What `accelerate launch --use_fsdp` tells its processes."""
+ZERO_3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "DS_ACCELERATOR": "cpu",
+}
+"""What `accelerate launch --use_deepspeed --zero_stage 3 --zero3_save_16bit_model true` tells them."""
+WITH_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed isn't installed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [{}, SHARDED], ids=["ddp", "fsdp"])
-def test_two_processes_learn_what_one_learns_that_accumulates_twice(sharded, without_dropout, tables, tmp_path):
+@pytest.mark.parametrize(
+    "spread", [{}, FSDP, pytest.param(ZERO_3, marks=WITH_DEEPSPEED)], ids=["ddp", "fsdp", "zero-3"]
+)
+def test_two_processes_learn_what_one_learns_that_accumulates_twice(spread, without_dropout, tables, tmp_path):
     """61 rows to measure on: the processes' shares aren't alike."""
     write_table(tmp_path / "dev.tsv", count=61, seed=2)
     stage = {**QUICK, "data": str(tables / "train.tsv"), "validation": str(tmp_path / "dev.tsv"), "max_steps": 10}
@@ -405,12 +417,14 @@ def test_two_processes_learn_what_one_learns_that_accumulates_twice(sharded, wit
         (tmp_path / "job.json").write_text(json.dumps({**job, "stage": {**job["stage"], "eval_every": 5}}))
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if count == 2 else []
         command = [sys.executable, *launch, script, str(tmp_path / "job.json")]
-        told = subprocess.run(command, capture_output=True, env={**os.environ, **(sharded if count == 2 else {})})
+        told = subprocess.run(command, capture_output=True, env={**os.environ, **(spread if count == 2 else {})})
         assert told.returncode == 0, told.stderr.decode()
-        assert told.stdout == b""
+        assert told.stdout == b"" or find_spec("deepspeed") is not None  # which speaks as soon as it is imported
         curves[count] = json.loads((output / "modelzip.json").read_text())["curve"]
     for one, two in zip(curves[1], curves[2], strict=True):
         assert one == pytest.approx(two, rel=1e-5)  # measured: 6e-8
     one, two = (weights(tmp_path / name) for name in ("1", "2"))
+    assert one.keys() == two.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
+        if not name.endswith("key.bias"):  # its gradient is rounding alone: softmax doesn't see it
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
