@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .blocks import find_structure, skeleton
+from .blocks import find_structure
 from .errors import CheckpointError
 from .headers import ITEM_SIZES, TensorInfo
 from .index import Checkpoint
 from .names import NameMap
+from .skeleton import skeleton
 from .writer import CheckpointWriter
 
 

@@ -13,10 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from modelzip.kernels.mixed_linear import mixed_linear
 
-from .blocks import Block, Structure, find_structure, skeleton
+from .blocks import Block, Structure, find_structure
 from .index import Checkpoint
 from .memory import give_back
 from .reader import Decode, NameMap, materialise, move_buffers, release
+from .skeleton import skeleton
 from .spill import Spill
 from .walk import Stop, Walk
 

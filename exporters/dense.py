@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CheckpointError, OutputError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.checkpoints.target import partial_of
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.weights.layouts import MODELZIP, decoder

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.checkpoints.tokenizer_files import SENTENCEPIECE
 from modelzip.recipes.schema import Calibration, Evaluation
 from modelzip.weights.exits import ExitsForSequenceClassification

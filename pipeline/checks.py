@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import torch
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.checkpoints.target import partial_of
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.evaluation.gates import Gate

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from modelzip.checkpoints.blocks import Structure, find_structure, skeleton
+from modelzip.checkpoints.blocks import Structure, find_structure
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.names import NameMap
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.recipes.match import matches, settings_for, unmatched
 from modelzip.recipes.schema import Stage
 from modelzip.weights.dense import Dense

@@ -28,8 +28,9 @@ from modelzip.weights.value import CompressedWeight
 
 from . import solve
 from .clock import Clock
+from .earlier import is_written, restore, restore_shared
 from .hessian import accumulate, finish
-from .matrices import dense_parts, record_of, require_finite, stored_weight, written_weight
+from .matrices import dense_parts, record_of, require_finite, stored_weight
 from .module_plan import ModulePlan, method_of, value_dtype
 from .progress import Progress
 from .serving import pooled_statistics
@@ -80,7 +81,7 @@ def compress_blocks(
     """
     blocks = streamed.structure.blocks
     begin = time.perf_counter()
-    ahead = [plan for plan in job.targets.values() if not _is_written(plan.name, writer)]
+    ahead = [plan for plan in job.targets.values() if not is_written(plan.name, writer)]
     limits: dict[str, Any] = {"spill_limit": job.spill_limit, "spill_folder": job.spill_folder}
     known = _Known(survey(job, streamed.checkpoint), pooled_statistics(streamed, batches, ahead, **limits))
     begin = clock.add("statistics", begin)
@@ -122,16 +123,12 @@ def _one_block(
     if is_last and (not wanted or block.name in writer.done):
         return
     streamed.load(block)
-    _restore_shared(job, streamed, block, writer)
+    if job.propagate == "compressed":
+        restore_shared(streamed, block, job.targets, writer)
     clock.add("read", begin)
     if block.name in writer.done:
         if job.propagate == "compressed":
-            _restore(
-                streamed,
-                [job.targets[one.name] for one in wanted],
-                writer.read_part(block.name),
-                writer.done[block.name],
-            )
+            restore(streamed, block, [job.targets[one.name] for one in wanted], writer)
     elif wanted:
         work = _BlockWork(job, streamed, known, walk=walk, clock=clock)
         work.run(block, wanted)
@@ -167,34 +164,6 @@ def _tensors(plans: Sequence[ModulePlan], work: _BlockWork, checkpoint: Checkpoi
         else:
             tensors |= {plan.stem + suffix: tensor for suffix, tensor in weight.tensors().items()}
     return tensors
-
-
-def _restore(
-    streamed: StreamedModel, plans: Sequence[ModulePlan], part: Mapping[str, Tensor], record: Mapping[str, Any]
-) -> None:
-    """Put the weights that an earlier run wrote into the loaded block."""
-    for plan in plans:
-        weight = written_weight(plan, part, record)
-        if weight is not None:
-            streamed.replace(plan.name, weight.dense(streamed.product_dtype).to(streamed.device))
-
-
-def _restore_shared(job: Job, streamed: StreamedModel, block: Block, writer: CheckpointWriter) -> None:
-    """Put weights that were written with an earlier block into this one, which uses them too."""
-    users = {name: job.targets[owner] for name, owner in block.sharers.items() if owner in job.targets}
-    if job.propagate != "compressed" or not users:
-        return
-    for part, record in writer.done.items():
-        here = {name: plan for name, plan in users.items() if plan.name in record["modules"]}
-        tensors = writer.read_part(part) if here else {}
-        for name, plan in here.items():
-            weight = written_weight(plan, tensors, record)
-            if weight is not None:
-                streamed.replace(name, weight.dense(streamed.product_dtype).to(streamed.device))
-
-
-def _is_written(name: str, writer: CheckpointWriter) -> bool:
-    return any(name in record["modules"] for record in writer.done.values())
 
 
 def survey(job: Job, checkpoint: Checkpoint) -> Any:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelzip.checkpoints.blocks import Structure, skeleton
+from modelzip.checkpoints.blocks import Structure
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.reader import Decode, materialise, move_buffers
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.weights.layouts import decoder
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from modelzip.checkpoints.blocks import Structure, skeleton
+from modelzip.checkpoints.blocks import Structure
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.weights.affine import Affine
 from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, portable
 from modelzip.weights.value import CompressedWeight

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from modelzip.checkpoints.blocks import Structure, find_structure, skeleton
+from modelzip.checkpoints.blocks import Structure, find_structure
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.rewrite import Rewrite
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.recipes.schema import Recipe
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 
 from .calibrate import calibration_windows, is_causal, tokenizer_of
 from .context import Context

@@ -12,10 +12,10 @@ from typing import Final
 import torch
 from tokenizers import Tokenizer
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.rewrite import Cut, Rewrite, expected, opens, with_number
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.checkpoints.tokenizer_files import (
     always_kept,
     renumbered,

@@ -59,22 +59,28 @@ PAIRED static inline void pack_pair(int64_t width, int64_t depth, const uint16_t
     }
 }
 
+/* Add a tile of which only `rows` and `columns` lie in total. */
+PAIRED static void add_edge(int64_t depth, const uint32_t *left, const uint32_t *right, float *total, int64_t width,
+                            int64_t rows, int64_t columns) {
+    float sums[TILE_ROWS * TILE_COLUMNS] = {0};
+    add_tile(depth, left, right, sums, TILE_COLUMNS);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++)
+            total[i * width + j] += sums[i * TILE_COLUMNS + j];
+}
+
 /* A panel's columns of the rows of a block that lie on or under the diagonal. */
 PAIRED static void add_piece(int64_t block, int64_t column, int64_t width, int64_t depth, const uint32_t *panels,
                              float *total) {
     for (int64_t row = column > block ? column : block; row < least(block + BLOCK, width); row += TILE_ROWS) {
         const uint32_t *left = panels + row / TILE_COLUMNS * TILE_COLUMNS * depth + row % TILE_COLUMNS;
         const uint32_t *right = panels + column * depth;
-        float *at = total + row * width + column, edge[TILE_ROWS * TILE_COLUMNS] = {0};
+        float *at = total + row * width + column;
         int64_t rows = least(TILE_ROWS, width - row), columns = least(TILE_COLUMNS, width - column);
-        if (rows == TILE_ROWS && columns == TILE_COLUMNS) {
+        if (rows == TILE_ROWS && columns == TILE_COLUMNS)
             add_tile(depth, left, right, at, width);
-            continue;
-        }
-        add_tile(depth, left, right, edge, TILE_COLUMNS); /* only `rows` and `columns` of it lie in total */
-        for (int64_t i = 0; i < rows; i++)
-            for (int64_t j = 0; j < columns; j++)
-                at[i * width + j] += edge[i * TILE_COLUMNS + j];
+        else
+            add_edge(depth, left, right, at, width, rows, columns);
     }
 }
 

@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from modelzip.checkpoints.blocks import Linear, find_structure, skeleton
+from modelzip.checkpoints.blocks import Linear, find_structure
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.compressors.distill.settings import DistillSettings
 from modelzip.compressors.distill.settings_students import Lsq
 from modelzip.compressors.trained import TRAINED, entries_kept

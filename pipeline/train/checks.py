@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.compressors.distill.settings import DistillSettings, Logits
 from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Lsq, Sequence
 from modelzip.recipes.match import matches

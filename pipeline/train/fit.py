@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.compressors.distill.settings import DistillSettings, Logits, TaughtSettings
 from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Sequence
 from modelzip.compressors.distill.signals import SIGNALS, layer_map

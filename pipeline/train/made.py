@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.compressors.distill.settings import DistillSettings, Logits
 from modelzip.compressors.distill.settings_students import BiLstm, FastBert
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import nn
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.weights.embedding import CompressedEmbedding
 from modelzip.weights.linear import CompressedLinear
 from modelzip.weights.trainable import trainable, unfreeze

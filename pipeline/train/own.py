@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.compressors.distill.settings_students import BiLstm, FastBert
 from modelzip.weights.bilstm import BiLstmConfig, BiLstmForSequenceClassification, embedding_start
 from modelzip.weights.exits import ExitsConfig, ExitsForSequenceClassification

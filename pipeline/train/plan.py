@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.compressors.distill.settings import DistillSettings, Logits, TaughtSettings
 from modelzip.compressors.distill.settings_students import BiLstm, Lsq, Sequence
 from modelzip.compressors.prune.settings_training import PruneTrainingSettings

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from modelzip.checkpoints.blocks import find_structure, skeleton
+from modelzip.checkpoints.blocks import find_structure
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 
 from ..calibrate import tokenizer_of
 from ..tokens import vocabulary_size

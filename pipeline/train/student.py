@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from modelzip.checkpoints.blocks import find_structure, skeleton
+from modelzip.checkpoints.blocks import find_structure
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.headers import TensorInfo
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.names import NameMap
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.weights.dense import Dense
 from modelzip.weights.kinds import empty
 from modelzip.weights.layouts import MODELZIP, quantization_config

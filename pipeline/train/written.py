@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CheckpointError, RecipeError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.compressors.prune.settings_training import Movement
 from modelzip.weights.value import CompressedWeight

@@ -8,9 +8,10 @@ import shutil
 import pytest
 import torch
 
-from modelzip.checkpoints.blocks import find_structure, skeleton
+from modelzip.checkpoints.blocks import find_structure
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 
 
 @pytest.fixture(scope="module")

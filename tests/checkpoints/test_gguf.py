@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from modelzip.checkpoints import gguf as room
-from modelzip.checkpoints.blocks import find_structure, skeleton
+from modelzip.checkpoints.blocks import find_structure
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.reader import NameMap, materialise
+from modelzip.checkpoints.skeleton import skeleton
 
 VOCABULARY, HIDDEN, INNER = 64, 32, 48
 

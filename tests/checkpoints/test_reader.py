@@ -10,10 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from modelzip.checkpoints.blocks import find_structure, skeleton
+from modelzip.checkpoints.blocks import find_structure
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.reader import NameMap, materialise, release
+from modelzip.checkpoints.skeleton import skeleton
 
 
 def _open(folder):

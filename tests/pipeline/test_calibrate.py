@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from modelzip.checkpoints.blocks import skeleton
 from modelzip.checkpoints.errors import CalibrationError, ModelzipError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.pipeline import selftext
 from modelzip.pipeline.calibrate import calibration_windows
 from modelzip.pipeline.run import plan_recipe, run_recipe
