@@ -32,13 +32,17 @@ DATA: Final = Option(
 
 def evaluate() -> Callable[..., None]:
     """The command `evaluate`."""
-    windows = ("windows", "seq_len", "field", "split")
-    labelled = ("task", "text", "pair", "label", "examples", "batch_size", "latency", "exit_threshold")
+    windows = ("windows", "seq_len", "field", "split", "masked")
+    labelled = ("task", "text", "pair", "label", "examples", "batch_size", "exit_threshold")
+    timed = ("latency", "new_tokens", "batch_sizes")
     options = [
         MODEL,
         AGAINST,
         DATA,
-        *(field_option(Evaluation, key, ("evaluate", key), panel=None) for key in (*windows, *labelled, "fail_if")),
+        *(
+            field_option(Evaluation, key, ("evaluate", key), panel=None)
+            for key in (*windows, *labelled, *timed, "fail_if")
+        ),
         *machine_options(),
         *switch_options("json", "debug"),
     ]

@@ -9,12 +9,19 @@ from rich.table import Table
 from rich.text import Text
 
 from modelzip.evaluation.fallbacks import gathered
+from modelzip.evaluation.markdown import within
+from modelzip.evaluation.speed_report import speed_rows
 from modelzip.evaluation.wording import SIZE, SPEED, compared
 
 from .output import write_rich
 
 if TYPE_CHECKING:
     from modelzip.pipeline.plans import Plan
+
+
+ORIGINAL = ("original", "original_low", "original_high")
+COMPRESSED = ("compressed", "low", "high")
+"""A figure of a report and the ends of its interval."""
 
 
 def megabytes(count: float | None) -> str:
@@ -77,17 +84,26 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     perplexity = evaluation.get("perplexity") or {}
     if not isinstance(perplexity, Mapping):
         perplexity = {"compressed": perplexity}
+    guessed = evaluation.get("pseudo_perplexity") or {}
     unit = "an example" if evaluation.get("accuracy") else "a token"
     figures = [
         ("size, MB", megabytes(size.get("bytes_before")), megabytes(size.get("bytes_after"))),
         ("parameters", "", _number(size.get("parameters"), ",")),
         ("bits per weight", "", _number(size.get("bits_per_weight"), ".2f")),
         ("perplexity", _number(perplexity.get("original"), ".2f"), _number(perplexity.get("compressed"), ".2f")),
+        ("pseudo-perplexity", _number(guessed.get("original"), ".2f"), _number(guessed.get("compressed"), ".2f")),
         ("accuracy", *_accuracies(evaluation.get("accuracy") or {})),
+        *((name, *_scores(evaluation.get(name) or {})) for name in ("f1", "matthews", "pearson", "spearman")),
         (f"KL to the original, nats {unit}", "", _number(evaluation.get("kl"), ".4f")),
+        ("   of 95 % and of 99 % under", "", _percentiles(evaluation)),
         ("top-1 agreement", "", _number(evaluation.get("top1_agreement"), ".1%")),
+        ("top-5 agreement", "", _number(evaluation.get("top5_agreement"), ".1%")),
+        ("flips", "", _number((evaluation.get("flips") or {}).get("share"), ".1%")),
+        ("cosine to the original's embeddings", "", _number(evaluation.get("cosine"), ".4f")),
+        ("agreement on similarities", "", _number(evaluation.get("similarity_agreement"), ".4f")),
         ("difference of the last hidden states", "", _number(evaluation.get("hidden_error"), ".4f")),
         *(_times(timed) for timed in (evaluation.get("latency") or {}).values()),
+        *_speeds(evaluation.get("speed")),
         ("time, s", "", _number((report.get("time") or {}).get("total_s"), ".0f")),
         ("peak memory, MB", "", _number(report.get("peak_memory_mb"), ",.0f")),
     ]
@@ -97,10 +113,25 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _accuracies(accuracy: Mapping[str, Any]) -> tuple[str, str]:
     """Both models' accuracies with their 95 % intervals."""
     shown = []
-    for keys in (("original", "original_low", "original_high"), ("compressed", "low", "high")):
+    for keys in (ORIGINAL, COMPRESSED):
         share, low, high = (accuracy.get(key) for key in keys)
         shown.append("" if share is None else f"{share:.2%} ({low:.1%} to {high:.1%})")
     return shown[0], shown[1]
+
+
+def _scores(score: Mapping[str, Any]) -> tuple[str, str]:
+    """Both models' scores with their 95 % intervals."""
+    before, after = ([score.get(key) for key in keys] for keys in (ORIGINAL, COMPRESSED))
+    return "" if before[0] is None else within(*before), "" if after[0] is None else within(*after)
+
+
+def _percentiles(evaluation: Mapping[str, Any]) -> str:
+    return ", ".join(filter(None, (_number(evaluation.get(key), ".4f") for key in ("kl_p95", "kl_p99"))))
+
+
+def _speeds(speed: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    rows = [] if speed is None else speed_rows(speed)
+    return [(name, before, f"{after} ({note})" if note else after) for name, before, after, note in rows]
 
 
 def _times(timed: Mapping[str, Any]) -> tuple[str, str, str]:

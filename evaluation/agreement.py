@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from .outputs import main_output
 
 CHUNK = 16
 """Tokens whose distributions are compared at once: few, so that they stay in the cache."""
+
+TOP = 5
+"""Tokens whose ranks are compared."""
 
 GROUP_BYTES = 24 << 20
 """Hidden states of one model in a group of windows, unless its blocks are larger: each group reads the model anew."""
@@ -41,14 +45,18 @@ class Running(Protocol):
 
 @dataclass
 class Tally:
-    """Sums over tokens; `result` gives their means."""
+    """Sums over tokens, and each token's divergence; `result` gives means and percentiles."""
 
     tokens: int = 0
     predicted: int = 0
     loss_original: float = 0.0
     loss: float = 0.0
-    kl: float = 0.0
     same_top: int = 0
+    in_both: int = 0
+    candidates: int = 0
+    lost: int = 0
+    won: int = 0
+    divergences: list[Tensor] = field(default_factory=list)
 
     def add(self, original: Tensor | None, compressed: Tensor, labels: Tensor | None) -> None:
         """Logits [tokens, vocabulary] of one window. labels [tokens - 1]: the next tokens, None if not causal."""
@@ -56,30 +64,57 @@ class Tally:
             part = slice(begin, begin + CHUNK)
             q = compressed[part].float().log_softmax(-1)
             self.tokens += q.shape[0]
-            next_tokens = None if labels is None else labels[part]
-            if next_tokens is not None:
-                rows = torch.arange(len(next_tokens), device=q.device)
-                self.predicted += len(next_tokens)
-                self.loss -= float(q[rows, next_tokens].double().sum())
-            if original is None:
-                continue
-            p = original[part].float().log_softmax(-1)
-            if next_tokens is not None:
-                self.loss_original -= float(p[rows, next_tokens].double().sum())
-            self.same_top += int((p.argmax(-1) == q.argmax(-1)).sum())
-            self.kl += float((p.exp() * p.sub(q)).sum(-1, dtype=torch.float64).sum())
+            following = None if labels is None else labels[part]
+            if following is not None:
+                self.predicted += len(following)
+                self.loss += _loss(q, following)
+            if original is not None:
+                p = original[part].float().log_softmax(-1)
+                if following is not None:
+                    self.loss_original += _loss(p, following)
+                self._compare(p, q, following)
+
+    def _compare(self, p: Tensor, q: Tensor, following: Tensor | None) -> None:
+        """Log-probabilities [tokens, vocabulary] of original and compressed model for the same tokens."""
+        self.divergences.append((p.exp() * p.sub(q)).sum(-1, dtype=torch.float64).float().cpu())
+        ours, theirs = (logs.topk(min(TOP, logs.shape[-1])).indices for logs in (q, p))
+        self.same_top += int((ours[:, 0] == theirs[:, 0]).sum())
+        self.in_both += int((ours.unsqueeze(-1) == theirs.unsqueeze(-2)).sum())
+        self.candidates += theirs.numel()
+        if following is not None:
+            is_right, was_right = (ranked[: len(following), 0] == following for ranked in (ours, theirs))
+            self.lost += int((was_right & ~is_right).sum())
+            self.won += int((is_right & ~was_right).sum())
 
     def result(self, *, against: bool) -> dict[str, Any]:
-        """Perplexities, mean KL divergence (nats a token) and top-1 agreement (0 to 1); None where there is none."""
+        """The report's figures; None where there is nothing to compare with, or nothing is predicted."""
+        compares = against and self.tokens > 0
+        flips = {"lost": self.lost, "won": self.won, "share": (self.lost + self.won) / max(self.predicted, 1)}
         return {
             "perplexity": {
                 "original": math.exp(self.loss_original / self.predicted) if against and self.predicted else None,
                 "compressed": math.exp(self.loss / self.predicted) if self.predicted else None,
             },
-            "kl": self.kl / self.tokens if against and self.tokens else None,
-            "top1_agreement": self.same_top / self.tokens if against and self.tokens else None,
+            **divergence_figures(torch.cat(self.divergences) if compares else None),
+            "top1_agreement": self.same_top / self.tokens if compares else None,
+            "top5_agreement": self.in_both / self.candidates if compares else None,
+            "flips": flips if compares and self.predicted else None,
             "tokens": self.tokens,
         }
+
+
+def divergence_figures(divergences: Tensor | None) -> dict[str, float | None]:
+    """Mean and percentiles (linear interpolation) of the KL divergence of each token or example, [any]."""
+    if divergences is None:
+        return {"kl": None, "kl_p95": None, "kl_p99": None}
+    values = divergences.double().numpy()
+    p95, p99 = np.quantile(values, (0.95, 0.99))
+    return {"kl": float(values.mean()), "kl_p95": float(p95), "kl_p99": float(p99)}
+
+
+def _loss(logs: Tensor, following: Tensor) -> float:
+    """The negative log-likelihood of the next tokens, summed. logs: [at least as many, vocabulary]"""
+    return -float(logs[: len(following)].gather(-1, following.unsqueeze(-1)).double().sum())
 
 
 def measure(
@@ -98,7 +133,7 @@ def measure(
     the relative difference of the last hidden states (or whatever else they give), None without an original.
     """
     models = [compressed] if original is None else [original, compressed]
-    size = max(1, group_bytes(compressed) // max(1, windows.shape[1] * _width(compressed) * 4))
+    size = windows_at_once(compressed, windows.shape[1])
     tally, lost, norm = Tally(), 0.0, 0.0
     for begin in range(0, len(windows), size):
         group = windows[begin : begin + size]
@@ -127,8 +162,10 @@ def _relative(lost: float, norm: float) -> float | None:
     return math.sqrt(lost / norm) if norm else None
 
 
-def _width(model: Running) -> int:
-    return int(model.model.config.get_text_config().hidden_size)
+def windows_at_once(model: Running, seq_len: int) -> int:
+    """How many windows go through the blocks together."""
+    width = int(model.model.config.get_text_config().hidden_size)
+    return max(1, group_bytes(model) // max(1, seq_len * width * 4))
 
 
 def group_bytes(model: Running) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .agreement import divergence_figures
+
 Z_95 = 1.959964
 """Quantile of the standard normal distribution that leaves 2.5 % above it."""
 
@@ -29,14 +31,14 @@ def wilson(right: int, count: int, *, z: float = Z_95) -> tuple[float, float]:
 def classified(original: Tensor | None, compressed: Tensor, labels: Tensor) -> dict[str, Any]:
     """The report's figures for logits [examples, classes] of both models over the same examples.
 
-    labels: int64 [examples]. kl is the mean KL(original ‖ compressed) of the class distributions, in nats an example.
+    labels: int64 [examples]. The divergences are KL(original ‖ compressed) of the class distributions, in nats.
     """
     if original is None:
-        return {"accuracy": accuracy(None, compressed, labels), "kl": None, "top1_agreement": None}
+        return {"accuracy": accuracy(None, compressed, labels), **divergence_figures(None), "top1_agreement": None}
     p, q = original.double().log_softmax(-1), compressed.double().log_softmax(-1)
     return {
         "accuracy": accuracy(original, compressed, labels),
-        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        **divergence_figures((p.exp() * (p - q)).sum(-1)),
         "top1_agreement": float((original.argmax(-1) == compressed.argmax(-1)).double().mean()),
     }
 

@@ -40,14 +40,32 @@ class Metric:
 
 METRICS: Final[Mapping[str, Metric]] = {
     "kl": Metric(("evaluation", "kl")),
+    "kl_p95": Metric(("evaluation", "kl_p95")),
+    "kl_p99": Metric(("evaluation", "kl_p99")),
     "perplexity": Metric(("evaluation", "perplexity", "compressed")),
     "original.perplexity": Metric(("evaluation", "perplexity", "original")),
+    "pseudo_perplexity": Metric(("evaluation", "pseudo_perplexity", "compressed")),
+    "original.pseudo_perplexity": Metric(("evaluation", "pseudo_perplexity", "original")),
     "top1_agreement": Metric(("evaluation", "top1_agreement"), SHARE),
+    "top5_agreement": Metric(("evaluation", "top5_agreement"), SHARE),
+    "flips": Metric(("evaluation", "flips", "share"), SHARE),
     "hidden_error": Metric(("evaluation", "hidden_error"), SHARE),
     "accuracy": Metric(("evaluation", "accuracy", "compressed"), SHARE),
     "original.accuracy": Metric(("evaluation", "accuracy", "original"), SHARE),
+    **{
+        f"{prefix}{name}": Metric(("evaluation", name, whose))
+        for name in ("f1", "matthews", "pearson", "spearman")
+        for prefix, whose in (("", "compressed"), ("original.", "original"))
+    },
+    "cosine": Metric(("evaluation", "cosine")),
+    "cosine_p05": Metric(("evaluation", "cosine_p05")),
+    "similarity_agreement": Metric(("evaluation", "similarity_agreement")),
     "speedup": Metric(("evaluation", "latency", "batched", "speedup")),
     "single_speedup": Metric(("evaluation", "latency", "single", "speedup")),
+    "prefill_speedup": Metric(("evaluation", "speed", "prefill", "speedup")),
+    "token_speedup": Metric(("evaluation", "speed", "token", "speedup")),
+    "token_ms": Metric(("evaluation", "speed", "token", "compressed", "p50_ms")),
+    "original.token_ms": Metric(("evaluation", "speed", "token", "original", "p50_ms")),
     "bytes": Metric(("size", "bytes_after"), BYTES),
     "original.bytes": Metric(("size", "bytes_before"), BYTES),
     "ratio": Metric(("size", "ratio")),
@@ -61,8 +79,12 @@ METRICS: Final[Mapping[str, Metric]] = {
 
 NEED_ORIGINAL: Final = frozenset(
     {
-        *("kl", "top1_agreement", "hidden_error", "original.perplexity", "original.accuracy"),
-        *("speedup", "single_speedup", "original.bytes", "ratio"),
+        *("kl", "kl_p95", "kl_p99", "top1_agreement", "top5_agreement", "flips", "hidden_error"),
+        *("cosine", "cosine_p05", "similarity_agreement"),
+        *(f"original.{name}" for name in ("perplexity", "pseudo_perplexity", "accuracy")),
+        *(f"original.{name}" for name in ("f1", "matthews", "pearson", "spearman")),
+        *("speedup", "single_speedup", "prefill_speedup", "token_speedup", "original.token_ms"),
+        *("original.bytes", "ratio"),
     }
 )
 

@@ -17,6 +17,13 @@ def share(value: float | None, low: float | None, high: float | None) -> str:
     return f"{100 * value:.2f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
+def within(value: float | None, low: float | None, high: float | None) -> str:
+    """A number with its interval, where it has one."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if low is None or high is None else f"{value:.4f} ({low:.3f} to {high:.3f})"
+
+
 def code(text: str) -> str:
     """Text between backticks."""
     return f"`{text.replace('`', '')}`"

@@ -24,7 +24,9 @@ from .markdown import fold as _fold
 from .markdown import number as _number
 from .markdown import share as _share
 from .markdown import table as _table
+from .markdown import within as _within
 from .schema import EvaluationResult, Module, Report, StageResult
+from .speed_report import speed_rows
 from .training_report import training_lines
 from .wording import SIZE, SPEED, compared
 
@@ -73,6 +75,7 @@ def report_markdown(report: Report) -> str:
         _headline(report),
         _stages(report.stages),
         exits_table(() if report.evaluation is None else report.evaluation.exits),
+        _speed(report.evaluation),
         training_lines(report.stages),
         _cost(report),
         _protocol(report),
@@ -111,15 +114,37 @@ def _quality(evaluation: EvaluationResult) -> list[tuple[str, str, str, str]]:
     if compressed is not None:
         change = f"{100 * (compressed / original - 1):+.1f} %" if original else ""
         rows.append(("Perplexity", _number(original, ".3f"), _number(compressed, ".3f"), change))
+    if (guessed := evaluation.pseudo_perplexity) is not None and guessed.compressed is not None:
+        change = f"{100 * (guessed.compressed / guessed.original - 1):+.1f} %" if guessed.original else ""
+        figures = _number(guessed.original, ".3f"), _number(guessed.compressed, ".3f")
+        rows.append(("Pseudo-perplexity", *figures, change))
     if (found := evaluation.accuracy) is not None:
         before = _share(found.original, found.original_low, found.original_high)
         change = "" if found.original is None else f"{100 * (found.compressed - found.original):+.2f} points"
         rows.append(("Accuracy (95 % interval)", before, _share(found.compressed, found.low, found.high), change))
+    for name, score in (
+        *(("F1", evaluation.f1), ("Matthews' coefficient", evaluation.matthews)),
+        *(("Pearson's correlation", evaluation.pearson), ("Spearman's correlation", evaluation.spearman)),
+    ):
+        if score is not None:
+            change = "" if score.original is None else f"{score.compressed - score.original:+.4f}"
+            before = _within(score.original, score.original_low, score.original_high)
+            rows.append((name, before, _within(score.compressed, score.low, score.high), change))
     unit = "nats a token" if evaluation.protocol.examples is None else "nats an example"
     if evaluation.kl is not None:
-        rows.append(("KL to the original", "", _number(evaluation.kl, ".4f"), unit))
+        tail = "" if evaluation.kl_p99 is None else f", 99 % under {_number(evaluation.kl_p99, '.4f')}"
+        rows.append(("KL to the original", "", _number(evaluation.kl, ".4f"), unit + tail))
     if evaluation.top1_agreement is not None:
-        rows.append(("Top-1 agreement", "", _number(100 * evaluation.top1_agreement, ".1f") + " %", ""))
+        top5 = "" if evaluation.top5_agreement is None else f"top-5 {100 * evaluation.top5_agreement:.1f} %"
+        rows.append(("Top-1 agreement", "", _number(100 * evaluation.top1_agreement, ".1f") + " %", top5))
+    if (flips := evaluation.flips) is not None:
+        rows.append(("Flips", "", f"{100 * flips.share:.1f} %", f"{flips.lost:,} tokens lost, {flips.won:,} won"))
+    if evaluation.cosine is not None:
+        under = f"5 % under {_number(evaluation.cosine_p05, '.4f')}"
+        rows.append(("Cosine to the original's embeddings", "", _number(evaluation.cosine, ".4f"), under))
+        rows.append(
+            ("Agreement on similarities", "", _number(evaluation.similarity_agreement, ".4f"), "rank correlation")
+        )
     if evaluation.hidden_error is not None:
         rows.append(("Difference of the last hidden states", "", _number(evaluation.hidden_error, ".4f"), "relative"))
     if evaluation.latency is not None:
@@ -128,6 +153,13 @@ def _quality(evaluation: EvaluationResult) -> list[tuple[str, str, str, str]]:
             speedup = compared(timed.speedup, SPEED, times="×")
             rows.append((f"Time an example, {timed.batch_size} at once", before, after, speedup))
     return rows
+
+
+def _speed(evaluation: EvaluationResult | None) -> str:
+    if evaluation is None or evaluation.speed is None:
+        return ""
+    rows = speed_rows(evaluation.speed.model_dump())
+    return _table(("speed and memory", "original", "compressed", ""), rows)
 
 
 def _stages(stages: Sequence[StageResult]) -> str:

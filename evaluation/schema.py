@@ -71,6 +71,12 @@ class Protocol(Section):
     )
     dtype: str = Field(description="Number type that both models ran in")
     tokens: int | None = Field(None, description="Tokens that were predicted and scored; null for labelled examples")
+    masked: int | None = Field(
+        None, description="Tokens that masked language models were asked for, one at a time; null for other models"
+    )
+    pooling: str | None = Field(
+        None, description="How a text's hidden states became its embedding; null where there are no embeddings"
+    )
     examples: int | None = Field(None, description="Labelled examples; null for windows of tokens")
     cut: int | None = Field(
         None, description="Labelled examples that were longer than seq_len and lost their ends; null for windows"
@@ -84,6 +90,15 @@ class Perplexity(Section):
     )
 
 
+class Score(Section):
+    original: float | None = Field(description="That of the original model; null if it was not run")
+    original_low: float | None = Field(None, description="Lower end of its 95 % interval; null where there is none")
+    original_high: float | None = Field(None, description="Upper end of it")
+    compressed: float = Field(description="That of the compressed model")
+    low: float | None = Field(None, description="Lower end of its 95 % interval; null where there is none")
+    high: float | None = Field(None, description="Upper end of it")
+
+
 class Accuracy(Section):
     original: float | None = Field(description="That of the original model, 0 to 1; null if it was not run")
     original_low: float | None = Field(description="Lower end of its 95 % interval (Wilson 1927)")
@@ -93,6 +108,12 @@ class Accuracy(Section):
     high: float = Field(description="Upper end of it")
     lost: int | None = Field(description="Examples that only the original model gets right")
     won: int | None = Field(description="Examples that only the compressed model gets right")
+
+
+class Flips(Section):
+    lost: int = Field(description="Tokens that only the original ranks first where they come next")
+    won: int = Field(description="Tokens that only the compressed model ranks first where they come next")
+    share: float = Field(description="Both, as a share (0 to 1) of the tokens that come next")
 
 
 class Timed(Section):
@@ -119,9 +140,61 @@ class ExitsTaken(Section):
     )
 
 
+class Spread(Section):
+    p50_ms: float = Field(description="Median, in milliseconds")
+    p90_ms: float = Field(description="What 90 % stay under")
+    p99_ms: float = Field(description="What 99 % stay under")
+
+
+class Times(Section):
+    original: Spread | None = Field(description="Of the original model; null if there is none")
+    compressed: Spread = Field(description="Of the compressed model")
+    speedup: float | None = Field(description="Median of the ratios of both, repetition by repetition")
+
+
+class Throughput(Section):
+    batch_size: int = Field(description="Texts that ran at once")
+    original: float | None = Field(description="Tokens a second that the original reads; null if there is none")
+    compressed: float = Field(description="Tokens a second that the compressed model reads")
+    speedup: float | None = Field(description="Median of the ratios of both, repetition by repetition")
+
+
+class Resident(Section):
+    original_rest_mb: float | None = Field(description="Of the original, opened by transformers; null if there is none")
+    compressed_rest_mb: float = Field(description="Of the compressed model, opened by transformers")
+    original_peak_mb: float | None = Field(description="Of the original at most, while it reads one text")
+    compressed_peak_mb: float = Field(description="Of the compressed model at most, while it reads one text")
+
+
+class Energy(Section):
+    original_joules: float | None = Field(description="Of the original; null if there is none")
+    compressed_joules: float = Field(description="Of the compressed model")
+
+
+class Speed(Section):
+    prompt_tokens: int = Field(description="Tokens of a text that is read")
+    new_tokens: int = Field(description="Tokens that are written after it")
+    repetitions: int = Field(description="Texts that were read and gone on with, after one that isn't counted")
+    prefill: Times = Field(description="From a text to its first new token")
+    token: Times = Field(description="From each new token to the next")
+    throughput: tuple[Throughput, ...] = Field(description="Reading texts of prompt_tokens, at several batch sizes")
+    memory: Resident | None = Field(
+        description="Memory of each model in a process of its own on the CPU, above that of the libraries, in MB; null "
+        "where the system doesn't tell"
+    )
+    energy: Energy | None = Field(
+        description="Joules a new token, reading the text included, by RAPL or NVML; null where the machine is silent"
+    )
+
+
 class EvaluationResult(Section):
     protocol: Protocol = Field(description="How it was measured; figures compare only under the same protocol")
     perplexity: Perplexity = Field(description="exp of the mean negative log-likelihood a token")
+    pseudo_perplexity: Perplexity | None = Field(
+        None,
+        description="Of masked language models: exp of the mean negative log-likelihood of a hidden token (Salazar et "
+        "al. 2020)",
+    )
     kl: float | None = Field(
         description="Mean KL(original ‖ compressed), nats a token, or an example; null without an original or logits"
     )
@@ -129,16 +202,61 @@ class EvaluationResult(Section):
         description="Share of tokens (0 to 1) where both models rank the same token first, or of examples the same "
         "class; null without an original or logits"
     )
+    kl_p95: float | None = Field(
+        None, description="What 95 % of the tokens, or examples, stay under with their divergence; null like kl"
+    )
+    kl_p99: float | None = Field(None, description="What 99 % of them stay under")
+    top5_agreement: float | None = Field(
+        None,
+        description="Share (0 to 1) of the original's five likeliest tokens that are among the compressed model's five;"
+        " null without an original or logits, and for labelled examples",
+    )
+    flips: Flips | None = Field(
+        None,
+        description="Tokens of the text that one of both models alone ranks first (Dutta et al. 2024); null without an "
+        "original, and for models that don't predict the next token",
+    )
     hidden_error: float | None = Field(
         None,
         description="Relative difference of the last hidden states, Frobenius norm; null for models with logits, and "
         "without an original",
     )
     accuracy: Accuracy | None = Field(
-        None, description="Share of labelled examples put into the right class; null for windows of tokens"
+        None,
+        description="Share of labelled examples put into the right class; null for windows of tokens, and "
+        "for models that predict a number",
+    )
+    f1: Score | None = Field(
+        None,
+        description="F1 of class 1 where there are two classes, else the mean over classes; intervals by bootstrap",
+    )
+    matthews: Score | None = Field(
+        None, description="Matthews' correlation coefficient, -1 to 1 (Gorodkin 2004); intervals by bootstrap"
+    )
+    pearson: Score | None = Field(
+        None, description="Correlation of the numbers that a model predicts with the labels, -1 to 1 (Fisher 1921)"
+    )
+    spearman: Score | None = Field(
+        None,
+        description="The same of their ranks (interval: Bonett & Wright 2000); of sentence encoders, of the cosines "
+        "that they find between paired texts",
+    )
+    cosine: float | None = Field(
+        None, description="Mean cosine between both models' embeddings of a text; null for models with a head"
+    )
+    cosine_p05: float | None = Field(None, description="What 5 % of the texts stay under with that cosine")
+    similarity_agreement: float | None = Field(
+        None,
+        description="Spearman's correlation between the cosines that the two models find between paired texts, or else "
+        "between all of the first 256; null like cosine",
     )
     latency: Latency | None = Field(
-        None, description="Both models timed in turns in one process; null unless it was asked for"
+        None, description="Both classifiers timed in turns in one process; null unless it was asked for"
+    )
+    speed: Speed | None = Field(
+        None,
+        description="Models that write text, opened by transformers and timed in turns in one process; null unless it "
+        "was asked for",
     )
     exits: tuple[ExitsTaken, ...] = Field(
         (), description="A row for each threshold that was asked for of a model with exits"

@@ -68,6 +68,11 @@ def is_causal(model: Any) -> bool:
     return (name.endswith("ForCausalLM") or name.endswith("LMHeadModel")) and not model.config.is_encoder_decoder
 
 
+def is_masked(model: Any) -> bool:
+    """Whether the logits at each position say which token is hidden there."""
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
 def calibration_windows(
     calibration: Calibration,
     checkpoint: Checkpoint,

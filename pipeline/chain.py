@@ -12,12 +12,12 @@ from typing import Any
 from modelzip.checkpoints.index import Checkpoint
 
 from . import ranks
-from .classify import by_labels, classification_section
 from .context import Run
+from .data_kind import kind_of
 from .engines import run_stage
 from .folders import memory_file
 from .identity import provenance_of, read_provenance
-from .measure import evaluation_section
+from .measured import examples_section, windows_section
 from .plans import Plan, plan_again, unforeseen
 from .text import Windows
 from .tokens import same_tokens, windows_for
@@ -115,13 +115,15 @@ def measured(run: Run, result: Checkpoint, kept: Windows | None) -> dict[str, An
     """What a stage's result costs in quality: its report's `evaluation`; None if it isn't measured."""
     recipe, device, progress = run.context.recipe, run.context.device, run.context.progress
     begin = time.perf_counter()
-    found = None
-    if recipe.evaluate.enabled and by_labels(recipe.evaluate, result.config):
-        found = classification_section(
-            result, run.checkpoint, recipe.evaluate, dtype=recipe.dtype, device=device, progress=progress
+    found, kind = None, kind_of(recipe.evaluate, result.config)
+    if recipe.evaluate.enabled and kind != "tokens":
+        found = examples_section(
+            kind, result, run.checkpoint, recipe.evaluate, dtype=recipe.dtype, device=device, progress=progress
         )
-    elif kept is not None and not run.by_labels and same_tokens(result, run.checkpoint):
-        found = evaluation_section(result, run.checkpoint, kept, dtype=recipe.dtype, device=device, progress=progress)
+    elif kept is not None and run.kind == "tokens" and same_tokens(result, run.checkpoint):
+        found = windows_section(
+            result, run.checkpoint, kept, recipe.evaluate, dtype=recipe.dtype, device=device, progress=progress
+        )
     run.context.clock.add("evaluate", begin)
     return found
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -13,12 +14,13 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.skeleton import skeleton
 from modelzip.checkpoints.target import partial_of
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.evaluation.gates import Gate
+from modelzip.evaluation.gates import METRICS, Gate
 from modelzip.kernels import dispatch
 
-from .calibrate import is_causal
-from .classify import is_classifier
+from .calibrate import is_causal, is_masked
+from .classify import class_names
 from .context import Run
+from .data_kind import Kind, is_classifier
 from .engines import stage_fingerprint
 from .folders import check_left
 from .identity import header_hash
@@ -36,38 +38,63 @@ def check_kernels(device: torch.device) -> None:
         raise RecipeError(f"{error}.") from None
 
 
-def check_measures(gates: Sequence[Gate], checkpoint: Checkpoint, *, labelled: bool, latency: bool) -> None:
-    """Raise RecipeError for a condition on what isn't measured: labelled examples have no perplexity, windows of tokens
-    no accuracy, and times are taken only if asked for.
-    """
+GIVEN: Final[Mapping[str, tuple[frozenset[str], str]]] = MappingProxyType(
+    {
+        "windows of text": (
+            frozenset({"kl", "kl_p95", "kl_p99", "perplexity", "top1_agreement", "top5_agreement", "flips"})
+            | {"hidden_error", "pseudo_perplexity"},
+            "for a model with a head for whole texts, name a file with a column of labels",
+        ),
+        "labelled examples": (
+            frozenset({"accuracy", "f1", "matthews", "kl", "kl_p95", "kl_p99", "top1_agreement"}),
+            "take accuracy or kl, or evaluate.task: tokens",
+        ),
+        "texts to be embedded": (
+            frozenset({"cosine", "cosine_p05", "similarity_agreement", "spearman"}),
+            "take cosine or similarity_agreement, or evaluate.task: tokens",
+        ),
+        "labelled numbers": (frozenset({"pearson", "spearman"}), "take pearson or spearman, or evaluate.task: tokens"),
+    }
+)
+"""What is measured on each kind of data, and what to do about a condition on something else."""
+
+
+TIMED: Final[Mapping[str, Kind]] = MappingProxyType({"latency": "classification", "speed": "tokens"})
+"""Parts of the report's evaluation that hold times, and what they are taken on."""
+
+
+def check_measures(gates: Sequence[Gate], checkpoint: Checkpoint, kind: Kind, *, latency: bool) -> None:
+    """Raise RecipeError for a condition on what this model's data don't give, or on times that aren't taken."""
+    data = {"tokens": "windows of text", "similarity": "texts to be embedded"}.get(kind, "labelled examples")
+    if kind == "classification" and not class_names(checkpoint):
+        data = "labelled numbers"
+    given, mend = GIVEN[data]
     for gate in gates:
         for name in gate.needs:
             metric = name.removeprefix("original.")
-            if metric == "accuracy" and not labelled:
-                raise RecipeError(
-                    f'The condition "{gate.text}" needs the accuracy, for which {checkpoint.source} must be a '
-                    "classifier, and the evaluation's data must have labels: name a file with a column of labels."
-                )
-            if labelled and metric in ("perplexity", "hidden_error"):
-                raise RecipeError(
-                    f'The condition "{gate.text}" needs {name}, which labelled examples don\'t give: take accuracy or '
-                    "kl, or evaluate.task: tokens."
-                )
-            if metric in ("speedup", "single_speedup") and not (labelled and latency):
-                raise RecipeError(
-                    f'The condition "{gate.text}" needs times, which are taken with evaluate.latency: true (--latency) '
-                    "for classifiers."
-                )
+            if METRICS[name].path[1:2] and METRICS[name].path[1] in TIMED:
+                if not latency or kind != TIMED[METRICS[name].path[1]]:
+                    what = "classifiers" if metric in ("speedup", "single_speedup") else "models that write text"
+                    raise RecipeError(
+                        f'The condition "{gate.text}" needs times, which are taken with evaluate.latency: true '
+                        f"(--latency) for {what}."
+                    )
+            elif METRICS[name].path[0] == "evaluation" and metric not in given:
+                raise RecipeError(f'The condition "{gate.text}" needs {name}, which {data} don\'t give: {mend}.')
 
 
 def check_predicts(gates: Sequence[Gate], model: Any, checkpoint: Checkpoint) -> None:
-    """Raise RecipeError for a condition on the perplexity of a model that doesn't predict the next token."""
+    """Raise RecipeError for a condition on how well a model predicts tokens of which it predicts no such ones."""
+    what = {"perplexity": ("predict the next token", is_causal), "flips": ("predict the next token", is_causal)}
+    what |= {"pseudo_perplexity": ("guess hidden tokens", is_masked)}
     for gate in gates:
-        if any(name.endswith("perplexity") for name in gate.needs) and not is_causal(model):
-            raise RecipeError(
-                f'The condition "{gate.text}" needs the perplexity, but {checkpoint.source} is a '
-                f"{type(model).__name__}, which doesn't predict the next token: take kl or hidden_error."
-            )
+        for name in gate.needs:
+            does, predicts = what.get(name.removeprefix("original."), ("", None))
+            if predicts is not None and not predicts(model):
+                raise RecipeError(
+                    f'The condition "{gate.text}" needs the {name}, but {checkpoint.source} is a '
+                    f"{type(model).__name__}, which doesn't {does}: take kl or hidden_error."
+                )
 
 
 def report_of(run: Run) -> dict[str, Any] | None:
@@ -129,7 +156,7 @@ def check_comparable(model: Checkpoint, original: Checkpoint) -> None:
 def incomparable(run: Run) -> str | None:
     """Why windows of text can't show what the result has lost, as a sentence; None if they can, or aren't to."""
     result = run.plans[-1].result
-    if not run.context.recipe.evaluate.enabled or run.by_labels or same_tokens(result, run.checkpoint):
+    if not run.context.recipe.evaluate.enabled or run.kind != "tokens" or same_tokens(result, run.checkpoint):
         return None
     before, after = (vocabulary_size(one.config) for one in (run.checkpoint, result))
     return (

@@ -13,8 +13,8 @@ import torch
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.schema import Recipe
 
-from .classify import by_labels
 from .clock import Clock
+from .data_kind import Kind, kind_of
 from .progress import Progress
 
 if TYPE_CHECKING:  # the engines, on whose plans these are, take a Context
@@ -43,10 +43,9 @@ class Run:
     started: float
 
     @cached_property
-    def by_labels(self) -> bool:
-        """Whether the result is evaluated on labelled examples."""
-        evaluation = self.context.recipe.evaluate
-        return evaluation.enabled and by_labels(evaluation, self.plans[-1].result.config)
+    def kind(self) -> Kind:
+        """How the result is evaluated, if it is."""
+        return kind_of(self.context.recipe.evaluate, self.plans[-1].result.config)
 
     @property
     def targets(self) -> list[Path]:

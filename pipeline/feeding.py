@@ -68,7 +68,8 @@ def feed(checkpoint: Checkpoint, model: Any, examples: Examples, *, seq_len: int
 def class_logits(fed: Fed, report: Callable[[int], None]) -> Tensor:
     """Logits [examples, classes] in fp32 and in the examples' order. report: told how many more are done."""
     found: Tensor | None = None
-    for batch, logits in zip(fed.batches, outputs(fed), strict=True):
+    for batch, output in zip(fed.batches, outputs(fed), strict=True):
+        logits = output.logits
         if found is None:
             found = torch.full((sum(len(one.rows) for one in fed.batches), logits.shape[-1]), torch.nan)
         found[batch.rows] = logits.float().cpu()
@@ -77,25 +78,25 @@ def class_logits(fed: Fed, report: Callable[[int], None]) -> Tensor:
     return found
 
 
-def outputs(fed: Fed) -> Iterator[Tensor]:
-    """Logits [batch, classes] of each batch."""
+def outputs(fed: Fed) -> Iterator[Any]:
+    """What the model's forward gives for each batch."""
     if isinstance(fed.model, StreamedModel):
         yield from _streamed(fed.model, fed.batches)
         return
     for batch in fed.batches:
-        yield fed.model(**{name: value.to(fed.model.device) for name, value in batch.inputs.items()}).logits
+        yield fed.model(**{name: value.to(fed.model.device) for name, value in batch.inputs.items()})
 
 
-def _streamed(model: StreamedModel, batches: Sequence[Batch]) -> Iterator[Tensor]:
-    """Logits of each batch; groups of batches whose hidden states stay under a limit go through the blocks together."""
+def _streamed(model: StreamedModel, batches: Sequence[Batch]) -> Iterator[Any]:
+    """Outputs; groups of batches whose hidden states stay under a limit go through the blocks together."""
     limit, width = group_bytes(model), int(model.model.config.get_text_config().hidden_size)
     group: list[Batch] = []
     size = 0
     for batch in batches:
         own = batch.inputs["input_ids"].numel() * width * 4
         if group and size + own > limit:
-            yield from (output.logits for output in model.outputs([one.inputs for one in group]))
+            yield from model.outputs([one.inputs for one in group])
             group, size = [], 0
         group.append(batch)
         size += own
-    yield from (output.logits for output in model.outputs([one.inputs for one in group]))
+    yield from model.outputs([one.inputs for one in group])

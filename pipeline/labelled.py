@@ -55,7 +55,7 @@ class Examples:
     def sha256(self) -> str:
         """SHA-256 over texts, pairs, labels and names."""
         found = hashlib.sha256(json.dumps(self.names).encode())
-        for row in zip(self.texts, self.pairs or self.texts, self.labels, strict=True):
+        for row in zip(self.texts, self.pairs or self.texts, self.labels or self.texts, strict=True):
             found.update(json.dumps(row).encode())
         return found.hexdigest()
 
@@ -122,6 +122,27 @@ def read_examples(
     found, classes = _labels(labels, places, columns.label, names=names, stated=table.classes.get(columns.label))
     whole = Examples(tuple(texts), tuple(pairs) if columns.pair else None, found, classes, source)
     return whole if count is None else whole.split(count)[0]
+
+
+def read_texts(
+    source: str, *, split: str = "train", text: str = "", pair: str = "", label: str = "", called: Called
+) -> Examples:
+    """Texts or pairs of texts; where pairs have labels as well, these are read as numbers. Raises CalibrationError."""
+    table = read_table(source, split=split)
+    labels = [label] if label else [name for name in LABELS if name in table.columns]
+    placeholder = labels[0] if labels else table.columns[0]
+    columns = find_columns(table.columns, source, text=text, pair=pair, label=placeholder, called=called)
+    if columns.pair and labels:
+        return read_examples(source, split=split, text=text, pair=pair, label=label, names=(), called=called)
+    texts: list[str] = []
+    pairs: list[str] = []
+    for where, row in table.rows:
+        texts.append(_text(row, columns.text, where))
+        if columns.pair:
+            pairs.append(_text(row, columns.pair, where))
+    if not texts:
+        raise CalibrationError(f"{source} holds no examples below its first line: give a file with some.")
+    return Examples(tuple(texts), tuple(pairs) if columns.pair else None, (), (), source)
 
 
 def find_columns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import psutil
@@ -13,10 +14,12 @@ from modelzip.checkpoints.errors import MachineError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.evaluation.agreement import measure
+from modelzip.evaluation.masked import Hidden, hide, pseudo_perplexity
 from modelzip.evaluation.outputs import answer, main_output
 from modelzip.weights.layouts import MODELZIP
 
-from .calibrate import forward_inputs, is_causal, longest
+from .calibrate import forward_inputs, has_tokenizer, is_causal, is_masked, longest, tokenizer_of
+from .data_kind import Counted
 from .opened import WholeModel, decode_of
 from .progress import Progress
 from .text import Windows
@@ -104,11 +107,15 @@ def evaluation_section(
     original: Checkpoint | None,
     windows: Windows,
     *,
+    masked: int,
     dtype: str,
     device: torch.device,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The report's `evaluation`: figures and the protocol under which they were taken. Runs in fp32 unless told."""
+    """The report's `evaluation`: figures and the protocol under which they were taken. Runs in fp32 unless told.
+
+    masked: tokens that a masked language model is asked for.
+    """
     number = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     model = running_model(compressed, number, device)
     other = None if original is None else running_model(original, number, device)
@@ -123,6 +130,13 @@ def evaluation_section(
     )
     count, seq_len = windows.tokens.shape
     tokens = figures.pop("tokens")
+    models = (model,) if other is None else (model, other)
+    hidden = hidden_tokens(compressed, model.model, windows, count=masked)
+    if hidden is not None:
+        counted = Counted(progress, len(models) * len(hidden.texts))
+        asked = partial(pseudo_perplexity, hidden=hidden, inputs=forward_inputs(model.model), report=counted)
+        found = [asked(one) for one in models]
+        figures["pseudo_perplexity"] = {"original": None if other is None else found[1], "compressed": found[0]}
     return {
         "protocol": {
             "source": windows.source,
@@ -133,6 +147,21 @@ def evaluation_section(
             "bos": False,
             "dtype": str(number).removeprefix("torch."),
             "tokens": tokens,
+            "masked": None if hidden is None else len(hidden.texts),
         },
         **figures,
     }
+
+
+def hidden_tokens(checkpoint: Checkpoint, model: Any, windows: Windows, *, count: int) -> Hidden | None:
+    """Tokens to be guessed by a masked language model, in texts with its special tokens around; None for other models,
+    and where the tokenizer has no mask."""
+    if not count or not is_masked(model) or not has_tokenizer(checkpoint):
+        return None
+    tokenizer = tokenizer_of(checkpoint)
+    if tokenizer.mask_token_id is None:
+        return None
+    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    around = None if None in ends else ends
+    room = longest(model) - (0 if around is None else 2)
+    return hide(windows.tokens[:, :room], count=count, mask=tokenizer.mask_token_id, around=around)

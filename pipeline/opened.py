@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.reader import Decode, materialise, move_buffers
 from modelzip.checkpoints.skeleton import skeleton
 from modelzip.weights.layouts import decoder
+
+from .calibrate import forward_inputs
 
 
 def decode_of(checkpoint: Checkpoint) -> Decode | None:
@@ -48,6 +52,26 @@ def load_whole(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
     for module in model.modules():
         if isinstance(module, nn.RNNBase):  # it computes with a list of its own, which knows the meta tensors
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    return model
+
+
+def open_by_transformers(checkpoint: Checkpoint, device: torch.device, *, dtype: str) -> Any:
+    """The model as a user opens it, with modelzip's own layouts, in eval mode. dtype: of torch, or auto.
+
+    It has run on one token, before which some layouts aren't what they will be. Raises CheckpointError if transformers
+    can't open it.
+    """
+    import modelzip.weights  # noqa: F401  # teaches its layouts to transformers
+
+    kind = type(skeleton(checkpoint))
+    try:
+        with redirect_stderr(StringIO()), torch.no_grad():  # bars of compressed-tensors'
+            model: Any = kind.from_pretrained(checkpoint.folder, dtype=dtype)
+            model = model.to(device).eval()
+            model(**forward_inputs(model)(torch.zeros(1, 1, dtype=torch.int64, device=device)))
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        told = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise CheckpointError(f"transformers can't open {checkpoint.source}: {told}.") from None
     return model
 
 

@@ -34,15 +34,16 @@ from .checks import (
     incomparable,
     report_of,
 )
-from .classify import by_labels, check_evaluation, classification_section
 from .clock import Clock
 from .context import Context, Run
+from .data_kind import kind_of
 from .early_exits import check_exits
 from .environment import environment, package_version, peak_memory_mb
 from .export import check_exports, export_all
 from .folders import sweep
 from .identity import fingerprint_of, header_hash, read_provenance
-from .measure import evaluation_section, open_running, pick_device, reopen
+from .measure import open_running, pick_device, reopen
+from .measured import check_evaluation, examples_section, windows_section
 from .plans import Plan, make_plans, unforeseen
 from .progress import Progress
 from .sections import calibration_section, module_rows, plan_summary, size_section, stage_rows
@@ -98,7 +99,7 @@ def run_recipe(
     check_exports(recipe, plans[-1].result, output, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
     run = Run(context, checkpoint, plans, output, started)
     model = open_running(checkpoint, recipe.dtype, device).model
-    check_measures(gates, plans[-1].result, labelled=run.by_labels, latency=recipe.evaluate.latency)
+    check_measures(gates, plans[-1].result, run.kind, latency=recipe.evaluate.latency)
     check_predicts(gates, model, checkpoint)
     check_comparison(gates, run)
     if not ranks.is_main():
@@ -157,7 +158,7 @@ def _windows(run: Run, model: Any) -> tuple[Windows | None, Windows | None]:
             device=run.context.device,
             progress=run.context.progress,
         )
-    if recipe.evaluate.enabled and recipe.evaluate.data is not None and not run.by_labels:
+    if recipe.evaluate.enabled and recipe.evaluate.data is not None and run.kind == "tokens":
         kept = evaluation_windows(recipe.evaluate, run.checkpoint, model, called=EVALUATION)
     run.context.clock.add("text", begin)
     return calibration, kept
@@ -232,7 +233,7 @@ def _plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan
         results = [plan.result for plan in (plans if recipe.evaluate.each_stage else plans[-1:])]
         check_evaluation(recipe.evaluate, results, checkpoint, called=EVALUATION)
         config = plans[-1].result.config
-        check_exits(recipe.evaluate, config, labelled=by_labels(recipe.evaluate, config))
+        check_exits(recipe.evaluate, config, labelled=kind_of(recipe.evaluate, config) == "classification")
     return plans
 
 
@@ -263,14 +264,15 @@ def evaluate_models(
     original = None if against is None else Checkpoint.open(against, revision=revision)
     evaluation = shortened(evaluation, window_limit(checkpoint))
     check_evaluation(evaluation, [checkpoint], original, called=EVALUATE)
-    labelled = by_labels(evaluation, checkpoint.config)
-    check_exits(evaluation, checkpoint.config, labelled=labelled)
-    check_measures(gates, checkpoint, labelled=labelled, latency=evaluation.latency)
+    kind = kind_of(evaluation, checkpoint.config)
+    check_exits(evaluation, checkpoint.config, labelled=kind == "classification")
+    check_measures(gates, checkpoint, kind, latency=evaluation.latency)
     with torch.no_grad():
-        if labelled:
-            check_classes(checkpoint, original)
-            section = classification_section(
-                checkpoint, original, evaluation, dtype=dtype, device=where, progress=progress
+        if kind != "tokens":
+            if kind == "classification":
+                check_classes(checkpoint, original)
+            section = examples_section(
+                kind, checkpoint, original, evaluation, dtype=dtype, device=where, progress=progress
             )
         else:
             if original is not None:
@@ -280,7 +282,9 @@ def evaluate_models(
             if original is None:
                 check_alone(network, checkpoint)
             windows = evaluation_windows(evaluation, checkpoint, network, called=EVALUATE)
-            section = evaluation_section(checkpoint, original, windows, dtype=dtype, device=where, progress=progress)
+            section = windows_section(
+                checkpoint, original, windows, evaluation, dtype=dtype, device=where, progress=progress
+            )
     report = {
         "modelzip": package_version("modelzip"),
         "command": "evaluate",

@@ -69,10 +69,15 @@ class Evaluation(BaseModel):
     split: str = Field(default="test", min_length=1, description="Split of a hub dataset.")
     windows: int = Field(default=40, ge=1, description="Windows of evaluation text.")
     seq_len: int = Field(default=512, ge=2, description="Tokens of one window, or the most of a labelled example.")
-    task: Literal["auto", "tokens", "classification"] = Field(
+    masked: int = Field(
+        default=256,
+        ge=0,
+        description="Tokens of the text that a masked language model is asked for, hidden one at a time; 0: none.",
+    )
+    task: Literal["auto", "tokens", "classification", "similarity"] = Field(
         default="auto",
-        description="What is compared: the prediction of each token of a text, or the class of each labelled example; "
-        "auto takes classes if the model has them and the data have labels.",
+        description="What is compared: tokens: the prediction of each token of a text; classification: the class of "
+        "each labelled example; similarity: the embeddings of texts; auto goes by the model's head and the data.",
     )
     text: str | None = Field(
         default=None, min_length=1, description="Column of the labelled examples' texts, where it can't be told."
@@ -84,7 +89,15 @@ class Evaluation(BaseModel):
     examples: int | None = Field(default=None, ge=1, description="Labelled examples; all without a number.")
     batch_size: int = Field(default=32, ge=1, description="Labelled examples that run through a model at once.")
     latency: bool = Field(
-        default=False, description="Time both classifiers in turns too, one text at a time and in batches."
+        default=False,
+        description="Time both models in turns too: classifiers one text at a time and in batches, models that write "
+        "text as they read and write.",
+    )
+    new_tokens: int = Field(default=32, ge=1, description="Tokens that a timed model writes after each text it reads.")
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1, 4, 16),
+        description="Texts at once for which the tokens read a second are timed.",
+        json_schema_extra={"allowed": "a list of whole numbers above 0"},
     )
     exit_threshold: tuple[Share, ...] = Field(
         default=(),
@@ -97,7 +110,7 @@ class Evaluation(BaseModel):
         default=(), description='Conditions under which the run fails with exit code 3, such as "kl > 0.3".'
     )
 
-    @field_validator("exit_threshold", mode="before")
+    @field_validator("exit_threshold", "batch_sizes", mode="before")
     @classmethod
     def _apart(cls, value: Any) -> Any:
         """Options come as texts, in which commas stand between several numbers."""

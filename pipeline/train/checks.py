@@ -15,7 +15,7 @@ from modelzip.recipes.schema import Recipe, Stage
 from modelzip.weights.exits import ExitsConfig
 
 from ..calibrate import longest
-from ..classify import by_labels
+from ..data_kind import kind_of
 from .cached import cache_root
 from .fit import Problems, shell
 from .made import is_new
@@ -76,7 +76,7 @@ def check_cache(settings: Logits, folders: Mapping[str, Path], problems: Problem
 
 def check_windows(student: Student, recipe: Recipe, problems: Problems) -> None:
     """A student of fewer positions than its teacher must take the windows of text that it will be measured on."""
-    if not recipe.evaluate.enabled or by_labels(recipe.evaluate, student.config):
+    if not recipe.evaluate.enabled or kind_of(recipe.evaluate, student.config) != "tokens":
         return
     own = recipe.evaluate.data is not None
     name, length = ("evaluate", recipe.evaluate.seq_len) if own else ("calibration", recipe.calibration.seq_len)

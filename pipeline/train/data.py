@@ -18,7 +18,7 @@ from modelzip.compressors.distill.settings import DistillSettings
 from modelzip.compressors.distill.settings_students import Sequence as Written
 
 from ..called import PROMPTS, TRAINING
-from ..labelled import LABELS, Examples, count_cut, encode, find_columns, read_examples
+from ..labelled import LABELS, Examples, count_cut, encode, read_examples, read_texts
 from ..padding import Padding
 from ..rows import read_table
 from ..text import check_source, read_windows
@@ -85,24 +85,8 @@ def read_data(
     if labels:
         found = read_examples(source, split=split, text=text, pair=pair, label=label, names=names, called=TRAINING)
     else:
-        found = _read_texts(source, split, text=text, pair=pair)
+        found = read_texts(source, split=split, text=text, pair=pair, called=TRAINING)
     return Data(source, split, text, found)
-
-
-def _read_texts(source: str, split: str, *, text: str, pair: str) -> Examples:
-    table = read_table(source, split=split)
-    columns = find_columns(table.columns, source, text=text, pair=pair, label=table.columns[0], called=TRAINING)
-    texts: list[str] = []
-    pairs: list[str] = []
-    for where, row in table.rows:
-        for column, found in ((columns.text, texts), (columns.pair, pairs)):
-            if column:
-                if not isinstance(row.get(column), str):
-                    raise CalibrationError(f"{where} has no text in the column {column!r}: every row needs one.")
-                found.append(row[column])
-    if not texts:
-        raise CalibrationError(f"{source} holds no examples below its first line: give a file with some.")
-    return Examples(tuple(texts), tuple(pairs) if columns.pair else None, (), (), source)
 
 
 def running_text(settings: DistillSettings, source: str, split: str) -> Data:

@@ -42,7 +42,7 @@ def test_a_condition_holds_as_arithmetic_says(text: str, holds: bool) -> None:
         ("kll > 0.3", "did you mean kl"),
         ("perplexiti > 3", "did you mean perplexity"),
         ("kl > 2 * original.perplexiti", "did you mean original.perplexity"),
-        ("zzz > 3", "known are kl, perplexity"),
+        ("zzz > 3", "known are kl, kl_p95"),
         ("kl > 3MB", "write a plain number"),
         ("bytes > 3MBs", "write one of B, kB, MB"),
         ("kl > 2 * perplexity", "only a metric of the original"),

@@ -75,12 +75,44 @@ def sample(modules: int = 7, fallbacks: int = 1) -> dict[str, Any]:
                 "tokens": 20440,
             },
             "perplexity": {"original": 20.0, "compressed": 25.0},
+            "pseudo_perplexity": {"original": 5.0, "compressed": 6.0},
             "kl": 0.1234,
+            "kl_p95": 0.5,
+            "kl_p99": 0.9,
             "top1_agreement": 0.75,
+            "top5_agreement": 0.8,
+            "flips": {"lost": 60, "won": 40, "share": 0.005},
+            "cosine": 0.98,
+            "cosine_p05": 0.95,
+            "similarity_agreement": 0.99,
             "hidden_error": 0.0321,
+            **{
+                name: {
+                    **{"original": 0.8, "original_low": 0.78, "original_high": 0.82},
+                    **{"compressed": 0.75, "low": 0.73, "high": 0.77},
+                }
+                for name in ("f1", "matthews", "pearson", "spearman")
+            },
             "accuracy": {
                 **{"original": 0.9, "original_low": 0.88, "original_high": 0.92},
                 **{"compressed": 0.885, "low": 0.86, "high": 0.905, "lost": 17, "won": 4},
+            },
+            "speed": {
+                **{"prompt_tokens": 480, "new_tokens": 32, "repetitions": 5},
+                **{
+                    name: {
+                        "original": {"p50_ms": 20.0, "p90_ms": 22.0, "p99_ms": 30.0},
+                        "compressed": {"p50_ms": 10.0, "p90_ms": 11.0, "p99_ms": 15.0},
+                        "speedup": 2.0,
+                    }
+                    for name in ("prefill", "token")
+                },
+                "throughput": [{"batch_size": 4, "original": 1000.0, "compressed": 1500.0, "speedup": 1.5}],
+                "memory": {
+                    **{"original_rest_mb": 270.0, "compressed_rest_mb": 120.0},
+                    **{"original_peak_mb": 400.0, "compressed_peak_mb": 250.0},
+                },
+                "energy": None,
             },
             "latency": {
                 name: {"batch_size": size, "examples": 64, "original_ms": 3.0, "compressed_ms": 1.5, "speedup": 2.0}
@@ -319,3 +351,18 @@ def test_a_loss_that_was_logged_once_is_told_once(curve: list[dict[str, Any]], t
         {"kind": "distill", "method": "labels", "bytes_after": 2, "seconds": 1, "evaluation": None, "details": details}
     ]
     assert told in report_markdown(validate(data))
+
+
+def test_the_markdown_states_speed_memory_and_that_energy_was_not_measured() -> None:
+    data = sample()
+    text = report_markdown(validate(data))
+    assert (
+        "| Reading 480 tokens, ms at p50, p90, p99 | 20.0 / 22.0 / 30.0 | 10.0 / 11.0 / 15.0 | 2.00 × faster |" in text
+    )
+    assert "| Tokens read a second, 4 texts at once | 1,000 | 1,500 | 1.50 × faster |" in text
+    assert "| Memory at most while reading, MB | 400 | 250 |  |" in text
+    assert "| Joules a token written |  | not measured | this machine doesn't tell |" in text
+    data["evaluation"]["speed"] |= {"energy": {"original_joules": 1.25, "compressed_joules": 0.5}, "memory": None}
+    text = report_markdown(validate(data))
+    assert "| Joules a token written | 1.25 | 0.5 |  |" in text
+    assert "Memory" not in text

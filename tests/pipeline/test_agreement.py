@@ -92,19 +92,38 @@ def test_the_top_1_agreement_is_that_of_plain_transformers(speaking, rounded, wi
     assert 0 < wanted < 1
 
 
+def test_percentiles_top_5_and_flips_are_those_of_plain_transformers(speaking, rounded, windows, measured):
+    p, q = (log_probabilities(folder, windows) for folder in (speaking("llama"), rounded))
+    found = measured(rounded, speaking("llama"))["evaluation"]
+    each = (p.exp() * (p - q)).sum(-1).flatten()
+    for name, share in (("kl_p95", 0.95), ("kl_p99", 0.99)):
+        assert found[name] == pytest.approx(float(each.quantile(share)), rel=1e-5)
+    ours, theirs = ([set(row.topk(5).indices.tolist()) for row in logs.reshape(-1, logs.shape[-1])] for logs in (q, p))
+    both = sum(len(one & other) for one, other in zip(ours, theirs, strict=True))
+    assert found["top5_agreement"] == both / (5 * windows.numel())
+    was_right, is_right = (logs[:, :-1].argmax(-1) == windows[:, 1:] for logs in (p, q))
+    lost, won = int((was_right & ~is_right).sum()), int((is_right & ~was_right).sum())
+    assert found["flips"] == {"lost": lost, "won": won, "share": (lost + won) / windows[:, 1:].numel()}
+    assert lost > 0
+    assert won > 0
+    assert found["kl"] < found["kl_p95"] < found["kl_p99"]
+
+
 def test_a_model_alone_has_a_perplexity_and_nothing_to_be_compared_with(speaking, windows, measured):
     report = measured(speaking("llama"), None)
     found = report["evaluation"]
     wanted = perplexity(log_probabilities(speaking("llama"), windows), windows)
     assert found["perplexity"]["compressed"] == pytest.approx(wanted, rel=1e-5)
     assert found["perplexity"]["original"] is None
-    assert (found["kl"], found["top1_agreement"], found["hidden_error"]) == (None, None, None)
+    compared = ("kl", "kl_p95", "kl_p99", "top1_agreement", "top5_agreement", "flips", "hidden_error")
+    assert [found[name] for name in compared] == [None] * len(compared)
     assert report["size"]["bytes_before"] is None
 
 
 def test_a_model_against_itself_has_no_divergence_and_full_agreement(speaking, measured):
     found = measured(speaking("llama"), speaking("llama"))["evaluation"]
-    assert (found["kl"], found["top1_agreement"]) == (0, 1)
+    assert (found["kl"], found["kl_p99"], found["top1_agreement"], found["top5_agreement"]) == (0, 0, 1, 1)
+    assert found["flips"] == {"lost": 0, "won": 0, "share": 0}
     assert found["perplexity"]["original"] == found["perplexity"]["compressed"]
 
 
@@ -121,6 +140,8 @@ def test_the_protocol_says_on_what_it_was_measured(speaking, rounded, text_file,
         "tokens": WINDOWS * SEQ_LEN,
         "examples": None,
         "cut": None,
+        "pooling": None,
+        "masked": None,
     }
 
 
@@ -156,6 +177,44 @@ def test_a_masked_language_model_has_a_divergence_but_no_perplexity(speaking, co
     p, q = (torch.cat([m(w[None]).logits for w in windows]).double().log_softmax(-1) for m in models)
     assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
     assert found["perplexity"] == {"original": None, "compressed": None}
+    assert found["flips"] is None
+    assert 0 < found["top5_agreement"] < 1
+
+
+@pytest.fixture(params=[True, False], ids=["ends", "no-ends"])
+def masking(request, speaking, tmp_path) -> Path:
+    """A masked language model whose tokenizer has a mask, and tokens around a text or none."""
+    folder = tmp_path / "masking"
+    shutil.copytree(speaking("bert-mlm"), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    ends = {"cls_token": "<s>", "sep_token": "<pad>"} if request.param else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "mask_token": "</s>", **ends}))
+    return folder
+
+
+@torch.no_grad()
+def test_the_pseudo_perplexity_is_that_of_every_token_hidden_alone(masking, compress, windows, measured, tmp_path):
+    folder = tmp_path / "out"
+    compress(masking, folder, {"method": "rtn", "bits": 4})
+    found = measured(folder, masking, masked=10**6)["evaluation"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(masking)
+    first, last = ([] if one is None else [one] for one in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    for name, one in (("original", masking), ("compressed", folder)):
+        model, losses = transformers.AutoModelForMaskedLM.from_pretrained(one).eval(), []
+        for window in windows.tolist():
+            asked = [[*first, *window[:at], tokenizer.mask_token_id, *window[at + 1 :], *last] for at in range(SEQ_LEN)]
+            logs = model(torch.tensor(asked)).logits.double().log_softmax(-1)
+            losses += [-float(logs[at, at + len(first), token]) for at, token in enumerate(window)]
+        wanted = torch.tensor(losses).double().mean().exp()
+        assert found["pseudo_perplexity"][name] == pytest.approx(float(wanted), rel=1e-5)
+    assert found["protocol"]["masked"] == windows.numel()
+
+
+def test_a_sample_of_hidden_tokens_is_as_large_as_asked_for_and_the_same_for_all(masking, measured):
+    found = [measured(masking, masking, masked=20)["evaluation"] for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["protocol"]["masked"] == 20
+    assert found[0]["pseudo_perplexity"]["original"] == found[0]["pseudo_perplexity"]["compressed"]
 
 
 def test_fewer_windows_than_asked_for_are_taken_and_counted(speaking, measured):

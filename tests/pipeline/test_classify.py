@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from modelzip.checkpoints.errors import CheckpointError, ModelzipError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.pipeline import feeding
-from modelzip.pipeline.classify import by_labels, classification_section
+from modelzip.pipeline.classify import classification_section
+from modelzip.pipeline.data_kind import kind_of
 from modelzip.pipeline.labelled import read_examples
 from modelzip.pipeline.run import evaluate_models
 from modelzip.recipes.schema import Evaluation
@@ -185,19 +186,21 @@ def test_classes_are_taken_where_the_model_has_them_and_the_data_have_labels(dat
     config = {"architectures": ["BertForSequenceClassification"]}
     text = tmp_path / "plain.jsonl"
     text.write_text('{"text": "a"}\n', encoding="utf-8")
-    assert by_labels(Evaluation(data=str(data)), config)
-    assert not by_labels(Evaluation(data=str(data)), {"architectures": ["BertModel"]})
-    assert not by_labels(Evaluation(data=str(text)), config)
-    assert not by_labels(Evaluation(data=str(data), task="tokens"), config)
+    assert kind_of(Evaluation(data=str(data)), config) == "classification"
+    assert kind_of(Evaluation(data=str(data)), {"architectures": ["BertModel"]}) == "similarity"
+    assert kind_of(Evaluation(data=str(data)), {"architectures": ["BertForMaskedLM"]}) == "tokens"
+    assert kind_of(Evaluation(data=str(text)), config) == "tokens"
+    assert kind_of(Evaluation(data=str(data), task="tokens"), config) == "tokens"
     with pytest.raises(RecipeError, match=r"the model is BertModel, which has no classes"):
-        by_labels(Evaluation(data=str(data), task="classification"), {"architectures": ["BertModel"]})
+        kind_of(Evaluation(data=str(data), task="classification"), {"architectures": ["BertModel"]})
 
 
-def test_a_model_that_predicts_a_number_and_one_with_other_classes_are_refused(
+def test_a_model_of_several_labels_a_text_and_one_with_other_classes_are_refused(
     model: Path, data: Path, classifier: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="has no accuracy"):
-        section(classifier(tmp_path / "number", num_labels=1), None, data=str(data))
+    many = classifier(tmp_path / "many", num_labels=3, problem_type="multi_label_classification")
+    with pytest.raises(CheckpointError, match="predicts several labels or numbers at once"):
+        section(many, None, data=str(data))
     with pytest.raises(ModelzipError, match=r"has 3 classes and .* has 2"):
         section(model, classifier(tmp_path / "three", num_labels=3), data=str(data))
 
@@ -216,3 +219,32 @@ def test_a_condition_on_what_is_not_measured_is_refused_at_once(
             **{"against": str(model), "evaluation": evaluation, "revision": None},
             **{"device": "cpu", "dtype": "auto", "progress": Silent()},
         )
+
+
+@torch.no_grad()
+def test_a_model_that_predicts_a_number_is_measured_by_correlations(
+    classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    original = classifier(tmp_path / "number", num_labels=1, problem_type="regression")
+    draw = random.Random(4)
+    rows = [{"text": " ".join(draw.choices(WORDS, k=6)), "label": draw.random()} for _ in range(40)]
+    (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = section(original, original, data=str(tmp_path / "dev.jsonl"))
+    network, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(original).eval(),
+        AutoTokenizer.from_pretrained(original),
+    )
+    said = torch.cat([network(**tokenizer(row["text"], return_tensors="pt")).logits[0] for row in rows])
+    wanted = float(torch.corrcoef(torch.stack([said, torch.tensor([row["label"] for row in rows])]))[0, 1])
+    assert found["pearson"]["compressed"] == pytest.approx(wanted, abs=1e-5)
+    assert found["pearson"]["compressed"] == found["pearson"]["original"]
+    assert found["spearman"]["low"] < found["spearman"]["compressed"] < found["spearman"]["high"]
+    assert found["kl"] is None
+    assert "accuracy" not in found
+
+
+def test_a_number_is_not_compared_with_classes(classifier: Callable[..., Path], model: Path, tmp_path: Path) -> None:
+    number = classifier(tmp_path / "number", num_labels=1)
+    (tmp_path / "dev.jsonl").write_text(json.dumps({"text": "w1", "label": 0.5}), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"has 2 classes and .* predicts a number: name the original"):
+        section(number, model, data=str(tmp_path / "dev.jsonl"))

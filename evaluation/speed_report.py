@@ -1,0 +1,45 @@
+"""What a report says of speed: rows of name, original, compressed and a note, for tables of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .wording import SPEED, compared
+
+
+def speed_rows(speed: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The rows of a report's `evaluation.speed`, as plain data."""
+    rows = [
+        _times(f"Reading {speed['prompt_tokens']} tokens, ms at p50, p90, p99", speed["prefill"]),
+        _times("Each token written, ms at p50, p90, p99", speed["token"]),
+    ]
+    for one in speed["throughput"]:
+        name = f"Tokens read a second, {one['batch_size']} texts at once"
+        rows.append((name, _whole(one["original"]), _whole(one["compressed"]), _ratio(one["speedup"])))
+    memory, energy = speed["memory"], speed["energy"]
+    for key, name in (("rest", "Memory once opened, MB"), ("peak", "Memory at most while reading, MB")):
+        if memory is not None:
+            rows.append((name, _whole(memory[f"original_{key}_mb"]), _whole(memory[f"compressed_{key}_mb"]), ""))
+    if energy is None:
+        rows.append(("Joules a token written", "", "not measured", "this machine doesn't tell"))
+    else:
+        before = "" if energy["original_joules"] is None else f"{energy['original_joules']:.3g}"
+        rows.append(("Joules a token written", before, f"{energy['compressed_joules']:.3g}", ""))
+    return rows
+
+
+def _times(name: str, times: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return name, _spread(times["original"]), _spread(times["compressed"]), _ratio(times["speedup"])
+
+
+def _spread(spread: Mapping[str, float] | None) -> str:
+    return "" if spread is None else " / ".join(f"{spread[f'p{share}_ms']:.1f}" for share in (50, 90, 99))
+
+
+def _ratio(speedup: float | None) -> str:
+    return "" if speedup is None else compared(speedup, SPEED, times="×")
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
