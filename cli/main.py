@@ -20,6 +20,7 @@ from .evaluate import evaluate
 from .export import export
 from .failures import USAGE_ERROR, StoppedError, catch_sigterm, from_os, report_error, report_usage, silence
 from .help import Sectioned
+from .inspect import compare, inspect
 from .methods import methods
 from .output import unwritten, write
 from .recipe import recipe_commands
@@ -52,6 +53,8 @@ def build() -> typer.Typer:
     app.command("run", cls=Sectioned)(run())
     app.command("evaluate", cls=Sectioned)(evaluate())
     app.command("export", cls=Sectioned)(export())
+    app.command("inspect", cls=Sectioned)(inspect())
+    app.command("compare", cls=Sectioned)(compare())
     app.add_typer(recipe_commands(), name="recipe")
     app.command("methods", cls=Sectioned)(methods())
     return app

@@ -32,7 +32,18 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 REPRESENTATIVE = frozenset({"README.md", "run.md", "distill.md"})
 BLOCK = re.compile(r"^```(?P<language>\w*) *(?P<note>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-VERBS = (*STAGES, "run", "evaluate", "export", "methods", "recipe check", "recipe show", "recipe schema")
+VERBS = (
+    *STAGES,
+    "run",
+    "evaluate",
+    "export",
+    "inspect",
+    "compare",
+    "methods",
+    "recipe check",
+    "recipe show",
+    "recipe schema",
+)
 ACCELERATE = {"--cpu", "--use_fsdp", "--fsdp_version", "--use_deepspeed", "--zero_stage", "--zero3_save_16bit_model"}
 NOT_OURS = {"--strict", *ACCELERATE}  # options of other programs that the pages name
 
@@ -98,9 +109,20 @@ def pico(
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder / "my-model")
     save_classifier(folder / "my-classifier")
+    _save_encoder(folder / "my-classifier", folder / "my-encoder")
+    pairs = [f"{text(seed, 40)}\t{text(seed + 50, 40)}\t{seed / 50:.2f}" for seed in range(50)]
+    (folder / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *pairs]) + "\n", encoding="utf-8")
     write_labelled(folder / "train.tsv", 400)
     write_labelled(folder / "dev.tsv", 100, seed=1)
     return folder
+
+
+def _save_encoder(classifier: Path, folder: Path) -> None:
+    """The classifier without its head."""
+    from transformers import AutoModel, AutoTokenizer
+
+    AutoModel.from_pretrained(classifier).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(classifier).save_pretrained(folder)
 
 
 @cache
@@ -119,7 +141,7 @@ def run_pages() -> list[Any]:
 
 @pytest.mark.parametrize("page", run_pages())
 def test_every_example_of_the_page_runs(page: Path, pico: Path, tmp_path: Path) -> None:
-    for name in ("my-model", "my-classifier", "train.tsv", "dev.tsv"):
+    for name in ("my-model", "my-classifier", "my-encoder", "pairs.tsv", "train.tsv", "dev.tsv"):
         (tmp_path / name).symlink_to(pico / name)
     (tmp_path / "wiki.txt").write_text(text(0, 80_000), encoding="utf-8")
     (tmp_path / "wiki-test.txt").write_text(text(1, 40_000), encoding="utf-8")
