@@ -19,6 +19,9 @@ MODEL: Final = Option(
 AGAINST: Final = Option(
     "against", ("--against",), "The original model, for KL divergence and top-1 agreement.", metavar="ORIGINAL"
 )
+DRAFT: Final = Option(
+    "draft", ("--draft",), "A smaller model that writes ahead for this one, to be timed with it.", metavar="MODEL"
+)
 DATA: Final = Option(
     "data",
     ("--data",),
@@ -38,6 +41,7 @@ def evaluate() -> Callable[..., None]:
     options = [
         MODEL,
         AGAINST,
+        DRAFT,
         DATA,
         *(
             field_option(Evaluation, key, ("evaluate", key), panel=None)
@@ -65,6 +69,8 @@ def _evaluate(options: list[Option], values: Mapping[str, Any]) -> None:
     named = [str(recipe.model), *([] if values["against"] is None else [values["against"]])]
     for number, one in enumerate(named, 1):  # a revision is that of the original
         check_named(one, revision=recipe.revision if number == len(named) else None)
+    if values["draft"] is not None:
+        check_named(values["draft"], revision=None)
     from modelzip.checkpoints.memory import keep_freed
     from modelzip.pipeline.run import evaluate_models
 
@@ -76,6 +82,7 @@ def _evaluate(options: list[Option], values: Mapping[str, Any]) -> None:
         report = evaluate_models(
             str(recipe.model),
             against=values["against"],
+            draft=values["draft"],
             evaluation=recipe.evaluate,
             revision=recipe.revision,
             device=recipe.device,

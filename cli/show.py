@@ -10,7 +10,7 @@ from rich.text import Text
 
 from modelzip.evaluation.fallbacks import gathered
 from modelzip.evaluation.markdown import within
-from modelzip.evaluation.speed_report import speed_rows
+from modelzip.evaluation.speed_report import draft_rows, speed_rows
 from modelzip.evaluation.wording import SIZE, SPEED, compared
 
 from .output import write_rich
@@ -60,8 +60,19 @@ def show_report(report: Mapping[str, Any]) -> None:
         lines.append(Text(f"and {len(fallbacks) - 10} more fallbacks, all in report.json"))
     if report.get("output"):
         lines.append(Text(f"output: {report['output']}"))
+    drafted = _drafted((report.get("evaluation") or {}).get("speculative"))
     exits = _exits((report.get("evaluation") or {}).get("exits") or ())
-    write_rich(*([table] if table.row_count else []), *([exits] if exits.row_count else []), *lines)
+    write_rich(*([table] if table.row_count else []), *([exits] if exits.row_count else []), *drafted, *lines)
+
+
+def _drafted(found: Mapping[str, Any] | None) -> list[Table]:
+    """Writing with a draft beside writing alone."""
+    if found is None:
+        return []
+    table = Table("", "without", "with", "", title=f"With the draft {found['draft']}", title_justify="left")
+    for row in draft_rows(found):
+        table.add_row(*row)
+    return [table]
 
 
 def _exits(rows: Sequence[Mapping[str, Any]]) -> Table:

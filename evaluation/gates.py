@@ -66,6 +66,8 @@ METRICS: Final[Mapping[str, Metric]] = {
     "token_speedup": Metric(("evaluation", "speed", "token", "speedup")),
     "token_ms": Metric(("evaluation", "speed", "token", "compressed", "p50_ms")),
     "original.token_ms": Metric(("evaluation", "speed", "token", "original", "p50_ms")),
+    "acceptance": Metric(("evaluation", "speculative", "acceptance"), SHARE),
+    "draft_speedup": Metric(("evaluation", "speculative", "speedup")),
     "bytes": Metric(("size", "bytes_after"), BYTES),
     "original.bytes": Metric(("size", "bytes_before"), BYTES),
     "ratio": Metric(("size", "ratio")),

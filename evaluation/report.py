@@ -26,7 +26,7 @@ from .markdown import share as _share
 from .markdown import table as _table
 from .markdown import within as _within
 from .schema import EvaluationResult, Module, Report, StageResult
-from .speed_report import speed_rows
+from .speed_report import draft_rows, speed_rows
 from .training_report import training_lines
 from .wording import SIZE, SPEED, compared
 
@@ -156,10 +156,14 @@ def _quality(evaluation: EvaluationResult) -> list[tuple[str, str, str, str]]:
 
 
 def _speed(evaluation: EvaluationResult | None) -> str:
-    if evaluation is None or evaluation.speed is None:
-        return ""
-    rows = speed_rows(evaluation.speed.model_dump())
-    return _table(("speed and memory", "original", "compressed", ""), rows)
+    tables = []
+    if evaluation is not None and evaluation.speed is not None:
+        rows = speed_rows(evaluation.speed.model_dump())
+        tables.append(_table(("speed and memory", "original", "compressed", ""), rows))
+    if evaluation is not None and (found := evaluation.speculative) is not None:
+        header = (f"with the draft {_code(_short(found.draft))}", "without", "with", "")
+        tables.append(_table(header, draft_rows(found.model_dump())))
+    return "\n\n".join(tables)
 
 
 def _stages(stages: Sequence[StageResult]) -> str:

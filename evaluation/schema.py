@@ -187,6 +187,19 @@ class Speed(Section):
     )
 
 
+class Speculative(Section):
+    draft: str = Field(description="The model that wrote ahead")
+    texts: int = Field(description="Texts that were gone on with, after one that isn't counted")
+    prompt_tokens: int = Field(description="Tokens of each")
+    new_tokens: int = Field(description="Tokens that were written after each, greedily")
+    acceptance: float = Field(description="Share (0 to 1) of the draft's tokens that the model took")
+    tokens_per_pass: float = Field(description="Tokens written in a forward pass of the model; 1 without a draft")
+    identical: int = Field(description="Texts of which every token was that written without the draft")
+    plain_ms: float = Field(description="Median wall time without the draft, milliseconds a new token")
+    drafted_ms: float = Field(description="Median wall time with the draft, milliseconds a new token")
+    speedup: float = Field(description="Median of the ratios of both, text by text")
+
+
 class EvaluationResult(Section):
     protocol: Protocol = Field(description="How it was measured; figures compare only under the same protocol")
     perplexity: Perplexity = Field(description="exp of the mean negative log-likelihood a token")
@@ -257,6 +270,9 @@ class EvaluationResult(Section):
         None,
         description="Models that write text, opened by transformers and timed in turns in one process; null unless it "
         "was asked for",
+    )
+    speculative: Speculative | None = Field(
+        None, description="Writing with a draft that the model checks, beside writing alone; null without a draft"
     )
     exits: tuple[ExitsTaken, ...] = Field(
         (), description="A row for each threshold that was asked for of a model with exits"

@@ -29,6 +29,16 @@ def speed_rows(speed: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def draft_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The rows of a report's `evaluation.speculative`: name, without the draft, with it, and a note."""
+    taken = f"{found['acceptance']:.1%} of the draft's tokens taken"
+    same = f"{found['identical']} of {found['texts']} texts the same"
+    return [
+        ("Each token written, ms", f"{found['plain_ms']:.1f}", f"{found['drafted_ms']:.1f}", _ratio(found["speedup"])),
+        ("Tokens in a pass of the model", "1", f"{found['tokens_per_pass']:.2f}", f"{taken}, {same}"),
+    ]
+
+
 def _times(name: str, times: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return name, _spread(times["original"]), _spread(times["compressed"]), _ratio(times["speedup"])
 

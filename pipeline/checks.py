@@ -63,23 +63,28 @@ TIMED: Final[Mapping[str, Kind]] = MappingProxyType({"latency": "classification"
 """Parts of the report's evaluation that hold times, and what they are taken on."""
 
 
-def check_measures(gates: Sequence[Gate], checkpoint: Checkpoint, kind: Kind, *, latency: bool) -> None:
+def check_measures(
+    gates: Sequence[Gate], checkpoint: Checkpoint, kind: Kind, *, latency: bool, drafted: bool = False
+) -> None:
     """Raise RecipeError for a condition on what this model's data don't give, or on times that aren't taken."""
     data = {"tokens": "windows of text", "similarity": "texts to be embedded"}.get(kind, "labelled examples")
     if kind == "classification" and not class_names(checkpoint):
         data = "labelled numbers"
     given, mend = GIVEN[data]
     for gate in gates:
-        for name in gate.needs:
-            metric = name.removeprefix("original.")
-            if METRICS[name].path[1:2] and METRICS[name].path[1] in TIMED:
-                if not latency or kind != TIMED[METRICS[name].path[1]]:
-                    what = "classifiers" if metric in ("speedup", "single_speedup") else "models that write text"
-                    raise RecipeError(
-                        f'The condition "{gate.text}" needs times, which are taken with evaluate.latency: true '
-                        f"(--latency) for {what}."
-                    )
-            elif METRICS[name].path[0] == "evaluation" and metric not in given:
+        for section, name in ((METRICS[name].path[:-1], name) for name in gate.needs):
+            if section[:1] != ("evaluation",):
+                continue
+            part = section[1] if len(section) > 1 else ""
+            if part == "speculative" and not drafted:
+                raise RecipeError(f'The condition "{gate.text}" needs a draft: name one by evaluate --draft.')
+            if part in TIMED and not (latency and kind == TIMED[part]):
+                what = "classifiers" if part == "latency" else "models that write text"
+                raise RecipeError(
+                    f'The condition "{gate.text}" needs times, which are taken with evaluate.latency: true (--latency) '
+                    f"for {what}."
+                )
+            if part not in (*TIMED, "speculative") and name.removeprefix("original.") not in given:
                 raise RecipeError(f'The condition "{gate.text}" needs {name}, which {data} don\'t give: {mend}.')
 
 

@@ -37,6 +37,7 @@ from .checks import (
 from .clock import Clock
 from .context import Context, Run
 from .data_kind import kind_of
+from .draft import check_draft, draft_section
 from .early_exits import check_exits
 from .environment import environment, package_version, peak_memory_mb
 from .export import check_exports, export_all
@@ -251,8 +252,12 @@ def evaluate_models(
     device: str,
     dtype: str,
     progress: Progress,
+    draft: str | None = None,
 ) -> dict[str, Any]:
-    """Measure one model, against another if given, on `evaluation.data`; returns a report."""
+    """Measure one model, against another if given, on `evaluation.data`; returns a report.
+
+    draft: a smaller model that writes ahead for it, which is timed as well.
+    """
     started = time.perf_counter()
     gates = parse_gates(evaluation.fail_if)
     require_measured(gates, evaluation=True, original=against is not None)
@@ -266,7 +271,10 @@ def evaluate_models(
     check_evaluation(evaluation, [checkpoint], original, called=EVALUATE)
     kind = kind_of(evaluation, checkpoint.config)
     check_exits(evaluation, checkpoint.config, labelled=kind == "classification")
-    check_measures(gates, checkpoint, kind, latency=evaluation.latency)
+    check_measures(gates, checkpoint, kind, latency=evaluation.latency, drafted=draft is not None)
+    helper = None if draft is None else Checkpoint.open(draft)
+    if helper is not None:
+        check_draft(checkpoint, helper, evaluation)
     with torch.no_grad():
         if kind != "tokens":
             if kind == "classification":
@@ -285,10 +293,14 @@ def evaluate_models(
             section = windows_section(
                 checkpoint, original, windows, evaluation, dtype=dtype, device=where, progress=progress
             )
+            if helper is not None:
+                section["speculative"] = draft_section(
+                    checkpoint, helper, windows.tokens, evaluation, dtype=dtype, device=where, progress=progress
+                )
     report = {
         "modelzip": package_version("modelzip"),
         "command": "evaluate",
-        "recipe": {"model": model, "against": against, "evaluate": evaluation.model_dump(mode="json")},
+        "recipe": {"model": model, "against": against, "draft": draft, "evaluate": evaluation.model_dump(mode="json")},
         "source": {"name": against or model, "sha256": header_hash(original or checkpoint), "revision": revision},
         "output": None,
         "evaluation": section,

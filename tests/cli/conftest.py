@@ -71,8 +71,8 @@ class FakePipeline:
             raise self.error
         return [self.plan]
 
-    def evaluate_models(self, model, *, against, evaluation, revision, device, dtype, progress):
-        self.asked = {"model": model, "against": against, "evaluation": evaluation, "device": device}
+    def evaluate_models(self, model, *, against, draft, evaluation, revision, device, dtype, progress):
+        self.asked = {"model": model, "against": against, "draft": draft, "evaluation": evaluation, "device": device}
         return self.report
 
 

@@ -114,6 +114,10 @@ def sample(modules: int = 7, fallbacks: int = 1) -> dict[str, Any]:
                 },
                 "energy": None,
             },
+            "speculative": {
+                **{"draft": "small", "texts": 8, "prompt_tokens": 64, "new_tokens": 32, "acceptance": 0.75},
+                **{"tokens_per_pass": 2.5, "identical": 8, "plain_ms": 50.0, "drafted_ms": 25.0, "speedup": 2.0},
+            },
             "latency": {
                 name: {"batch_size": size, "examples": 64, "original_ms": 3.0, "compressed_ms": 1.5, "speedup": 2.0}
                 for name, size in (("single", 1), ("batched", 32))
@@ -362,6 +366,9 @@ def test_the_markdown_states_speed_memory_and_that_energy_was_not_measured() -> 
     assert "| Tokens read a second, 4 texts at once | 1,000 | 1,500 | 1.50 × faster |" in text
     assert "| Memory at most while reading, MB | 400 | 250 |  |" in text
     assert "| Joules a token written |  | not measured | this machine doesn't tell |" in text
+    assert "| with the draft `small` | without | with |  |" in text
+    assert "| Each token written, ms | 50.0 | 25.0 | 2.00 × faster |" in text
+    assert "| 1 | 2.50 | 75.0% of the draft's tokens taken, 8 of 8 texts the same |" in text
     data["evaluation"]["speed"] |= {"energy": {"original_joules": 1.25, "compressed_joules": 0.5}, "memory": None}
     text = report_markdown(validate(data))
     assert "| Joules a token written | 1.25 | 0.5 |  |" in text
