@@ -72,7 +72,7 @@ def _evaluate(options: list[Option], values: Mapping[str, Any]) -> None:
     if values["draft"] is not None:
         check_named(values["draft"], revision=None)
     from modelzip.checkpoints.memory import keep_freed
-    from modelzip.pipeline.run import evaluate_models
+    from modelzip.pipeline.evaluate import evaluate_models
 
     from .progress import shown_progress
     from .show import show_report

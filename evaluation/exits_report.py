@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .markdown import share, table
-from .schema import ExitsTaken
+from .schema_quality import ExitsTaken
 from .wording import SPEED, compared
 
 

@@ -25,7 +25,8 @@ from .markdown import number as _number
 from .markdown import share as _share
 from .markdown import table as _table
 from .markdown import within as _within
-from .schema import EvaluationResult, Module, Report, StageResult
+from .schema import Module, Report, StageResult
+from .schema_quality import EvaluationResult
 from .speed_report import draft_rows, speed_rows
 from .training_report import training_lines
 from .wording import SIZE, SPEED, compared

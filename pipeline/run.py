@@ -16,16 +16,13 @@ from modelzip.checkpoints.target import check_apart, check_target, clean_up
 from modelzip.evaluation.gates import parse_gates, require_measured
 from modelzip.evaluation.report import report_json, validate, write_report
 from modelzip.recipes.load import recipe_data
-from modelzip.recipes.schema import Evaluation, Recipe
+from modelzip.recipes.schema import Recipe
 
 from . import ranks
 from .calibrate import calibration_windows, evaluation_windows, shortened, window_limit
-from .called import EVALUATE, EVALUATION
+from .called import EVALUATION
 from .chain import StageDone, finished_chain, measured, run_chain
 from .checks import (
-    check_alone,
-    check_classes,
-    check_comparable,
     check_comparison,
     check_kernels,
     check_measures,
@@ -37,14 +34,13 @@ from .checks import (
 from .clock import Clock
 from .context import Context, Run
 from .data_kind import kind_of
-from .draft import check_draft, draft_section
 from .early_exits import check_exits
 from .environment import environment, package_version, peak_memory_mb
 from .export import check_exports, export_all
 from .folders import sweep
 from .identity import fingerprint_of, header_hash, read_provenance
 from .measure import open_running, pick_device, reopen
-from .measured import check_evaluation, examples_section, windows_section
+from .measured import check_evaluation
 from .plans import Plan, make_plans, unforeseen
 from .progress import Progress
 from .sections import calibration_section, module_rows, plan_summary, size_section, stage_rows
@@ -241,72 +237,3 @@ def _plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan
 def _check_calibration(recipe: Recipe) -> None:
     if recipe.calibration.source != "self":
         check_source(recipe.calibration.source, field=recipe.calibration.field)
-
-
-def evaluate_models(
-    model: str,
-    *,
-    against: str | None,
-    evaluation: Evaluation,
-    revision: str | None,
-    device: str,
-    dtype: str,
-    progress: Progress,
-    draft: str | None = None,
-) -> dict[str, Any]:
-    """Measure one model, against another if given, on `evaluation.data`; returns a report.
-
-    draft: a smaller model that writes ahead for it, which is timed as well.
-    """
-    started = time.perf_counter()
-    gates = parse_gates(evaluation.fail_if)
-    require_measured(gates, evaluation=True, original=against is not None)
-    if evaluation.data is None:
-        raise RecipeError("Nothing to evaluate on: name a text file with --data FILE.")
-    where = pick_device(device)
-    check_kernels(where)
-    checkpoint = Checkpoint.open(model, revision=revision if against is None else None)
-    original = None if against is None else Checkpoint.open(against, revision=revision)
-    evaluation = shortened(evaluation, window_limit(checkpoint))
-    check_evaluation(evaluation, [checkpoint], original, called=EVALUATE)
-    kind = kind_of(evaluation, checkpoint.config)
-    check_exits(evaluation, checkpoint.config, labelled=kind == "classification")
-    check_measures(gates, checkpoint, kind, latency=evaluation.latency, drafted=draft is not None)
-    helper = None if draft is None else Checkpoint.open(draft)
-    if helper is not None:
-        check_draft(checkpoint, helper, evaluation)
-    with torch.no_grad():
-        if kind != "tokens":
-            if kind == "classification":
-                check_classes(checkpoint, original)
-            section = examples_section(
-                kind, checkpoint, original, evaluation, dtype=dtype, device=where, progress=progress
-            )
-        else:
-            if original is not None:
-                check_comparable(checkpoint, original)
-            network = open_running(checkpoint, dtype, where).model
-            check_predicts(gates, network, checkpoint)
-            if original is None:
-                check_alone(network, checkpoint)
-            windows = evaluation_windows(evaluation, checkpoint, network, called=EVALUATE)
-            section = windows_section(
-                checkpoint, original, windows, evaluation, dtype=dtype, device=where, progress=progress
-            )
-            if helper is not None:
-                section["speculative"] = draft_section(
-                    checkpoint, helper, windows.tokens, evaluation, dtype=dtype, device=where, progress=progress
-                )
-    report = {
-        "modelzip": package_version("modelzip"),
-        "command": "evaluate",
-        "recipe": {"model": model, "against": against, "draft": draft, "evaluate": evaluation.model_dump(mode="json")},
-        "source": {"name": against or model, "sha256": header_hash(original or checkpoint), "revision": revision},
-        "output": None,
-        "evaluation": section,
-        "size": size_section(original, checkpoint),
-        "time": {"total_s": time.perf_counter() - started, "phases": {}},
-        "peak_memory_mb": peak_memory_mb(),
-        "environment": environment(where),
-    }
-    return dict(json.loads(report_json(validate(report))))

@@ -80,8 +80,9 @@ class FakePipeline:
 def pipeline(monkeypatch, tmp_path) -> FakePipeline:
     monkeypatch.chdir(tmp_path)
     fake = FakePipeline()
-    module = types.ModuleType("modelzip.pipeline.run")
-    for name in ("run_recipe", "plan_recipe", "evaluate_models"):
-        setattr(module, name, getattr(fake, name))
-    monkeypatch.setitem(sys.modules, "modelzip.pipeline.run", module)
+    for place, names in {"run": ("run_recipe", "plan_recipe"), "evaluate": ("evaluate_models",)}.items():
+        module = types.ModuleType(f"modelzip.pipeline.{place}")
+        for name in names:
+            setattr(module, name, getattr(fake, name))
+        monkeypatch.setitem(sys.modules, f"modelzip.pipeline.{place}", module)
     return fake

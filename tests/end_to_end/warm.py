@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import Any
 
 IMPORTED = (
-    *("modelzip.cli.progress", "modelzip.cli.show", "modelzip.evaluation.gates", "modelzip.pipeline.run"),
+    *(
+        "modelzip.cli.progress",
+        "modelzip.cli.show",
+        "modelzip.evaluation.gates",
+        "modelzip.pipeline.evaluate",
+        "modelzip.pipeline.run",
+    ),
     *("transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"),
     *("transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert"),
 )

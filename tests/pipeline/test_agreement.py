@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from modelzip.checkpoints.errors import CalibrationError, CheckpointError, RecipeError
-from modelzip.pipeline.run import evaluate_models
+from modelzip.pipeline.evaluate import evaluate_models
 from modelzip.recipes.schema import Evaluation
 
 WINDOWS, SEQ_LEN = 6, 24
@@ -249,6 +249,6 @@ def test_a_model_in_a_foreign_layout_is_refused(speaking, measured, tmp_path):
 
 def test_kernels_that_are_named_wrong_are_refused_before_anything_is_measured(saved, measured, monkeypatch):
     monkeypatch.setenv("MODELZIP_KERNELS", "fastest")
-    monkeypatch.setattr("modelzip.pipeline.run.evaluation_windows", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr("modelzip.pipeline.evaluate.evaluation_windows", lambda *_: pytest.fail("went on"))
     with pytest.raises(RecipeError, match=r"^MODELZIP_KERNELS is 'fastest'; it must be auto, reference or compiled\.$"):
         measured(saved("llama"), None)

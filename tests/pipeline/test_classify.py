@@ -20,8 +20,8 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.pipeline import feeding
 from modelzip.pipeline.classify import classification_section
 from modelzip.pipeline.data_kind import kind_of
+from modelzip.pipeline.evaluate import evaluate_models
 from modelzip.pipeline.labelled import read_examples
-from modelzip.pipeline.run import evaluate_models
 from modelzip.recipes.schema import Evaluation
 
 WORDS = [f"w{place}" for place in range(92)]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from modelzip.checkpoints.errors import ModelzipError
-from modelzip.pipeline.run import evaluate_models, plan_recipe
+from modelzip.pipeline.evaluate import evaluate_models
+from modelzip.pipeline.run import plan_recipe
 from modelzip.recipes.load import parse_recipe
 from modelzip.recipes.schema import Evaluation
 

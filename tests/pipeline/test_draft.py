@@ -11,7 +11,7 @@ import transformers
 
 from modelzip.checkpoints.errors import ModelzipError
 from modelzip.pipeline.draft import Found, Passes, _one_text, continued
-from modelzip.pipeline.run import evaluate_models
+from modelzip.pipeline.evaluate import evaluate_models
 from modelzip.recipes.schema import Evaluation
 
 

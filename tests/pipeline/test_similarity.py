@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from modelzip.checkpoints.errors import CheckpointError, ModelzipError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.evaluation.embeddings import POOLINGS, compared
-from modelzip.pipeline.run import evaluate_models
+from modelzip.pipeline.evaluate import evaluate_models
 from modelzip.pipeline.similarity import pooling_of
 from modelzip.recipes.schema import Evaluation
 

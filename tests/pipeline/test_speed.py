@@ -11,7 +11,7 @@ import transformers
 
 from modelzip.checkpoints.errors import ModelzipError
 from modelzip.pipeline import speed
-from modelzip.pipeline.run import evaluate_models
+from modelzip.pipeline.evaluate import evaluate_models
 from modelzip.pipeline.speed import REPETITIONS, written
 from modelzip.recipes.schema import Evaluation
 

@@ -16,8 +16,8 @@ import modelzip.weights  # noqa: F401  # teaches transformers our own models
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.evaluation.report import report_markdown, validate
+from modelzip.pipeline.evaluate import evaluate_models
 from modelzip.pipeline.measure import reopen
-from modelzip.pipeline.run import evaluate_models
 from modelzip.pipeline.teachertext import teacher_texts
 from modelzip.pipeline.train import lessons, opening
 from modelzip.pipeline.training import training_section
