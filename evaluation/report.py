@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from .speed_report import draft_rows, speed_rows
 from .training_report import training_lines
 from .wording import SIZE, SPEED, compared
 
-__all__ = ["Report", "report_json", "report_markdown", "report_schema", "validate", "write_report"]
+__all__ = ["Report", "report_json", "report_markdown", "report_parts", "report_schema", "validate"]
 
 # A pull-request comment on GitHub holds 65,536 characters; these limits keep well below with names of usual length.
 WORST_SHOWN = 5
@@ -59,19 +59,23 @@ def report_schema() -> dict[str, Any]:
     return Report.model_json_schema(mode="serialization")
 
 
-def write_report(folder: Path, report: Report) -> tuple[Path, Path]:
-    """Write report.json and report.md into a folder, each in one rename."""
-    paths = folder / "report.json", folder / "report.md"
-    for path, content in zip(paths, (report_json(report), report_markdown(report).encode()), strict=True):
-        draft = path.with_name(f".{path.name}.partial")
-        draft.write_bytes(content)
-        os.replace(draft, path)
-    return paths
+@dataclass(frozen=True)
+class Part:
+    """A piece of the report in Markdown. summary: what is shown of it at first; None if it isn't folded."""
+
+    body: str
+    summary: str | None = None
 
 
 def report_markdown(report: Report) -> str:
     """report.md: the headline first, then what it took, then details that fold."""
-    parts = [
+    parts = report_parts(report)
+    return "\n\n".join(one.body if one.summary is None else _fold(one.summary, one.body) for one in parts) + "\n"
+
+
+def report_parts(report: Report) -> list[Part]:
+    """The pieces of the report in their order, the title first; those that would be empty are left out."""
+    bodies = [
         _title(report),
         _headline(report),
         _stages(report.stages),
@@ -82,9 +86,8 @@ def report_markdown(report: Report) -> str:
         _protocol(report),
         _fallbacks(report.fallbacks),
         _worst(report.modules),
-        _details(report),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return [*(Part(body) for body in bodies if body), *_details(report)]
 
 
 def _title(report: Report) -> str:
@@ -238,21 +241,20 @@ def _worst(modules: Sequence[Module]) -> str:
     return f"Worst {len(worst)} of {len(modules)} modules:\n\n{_modules_table(worst)}"
 
 
-def _details(report: Report) -> str:
+def _details(report: Report) -> list[Part]:
     parts = []
     if report.modules:
         shown = report.modules[:MODULES_SHOWN]
         note = f"First {len(shown)}; all are in report.json.\n\n" if len(shown) < len(report.modules) else ""
-        parts.append(_fold(f"All {len(report.modules)} modules", note + _modules_table(shown)))
+        parts.append(Part(note + _modules_table(shown), f"All {len(report.modules)} modules"))
     if report.time.phases:
         rows = [(name.removesuffix("_s"), f"{seconds:,.2f} s") for name, seconds in report.time.phases.items()]
-        parts.append(_fold("Time by phase", _table(("phase", "wall time"), rows)))
-    parts.append(_fold("Recipe", f"````json\n{json.dumps(report.recipe, indent=2, ensure_ascii=False)}\n````"))
+        parts.append(Part(_table(("phase", "wall time"), rows), "Time by phase"))
+    recipe = f"````json\n{json.dumps(report.recipe, indent=2, ensure_ascii=False)}\n````"
     where = [("modelzip", report.modelzip), *((k, str(v)) for k, v in report.environment.model_dump().items())]
     if report.created is not None:
         where.append(("created", report.created))
-    parts.append(_fold("Environment", _table(("", ""), where)))
-    return "\n\n".join(parts)
+    return [*parts, Part(recipe, "Recipe"), Part(_table(("", ""), where), "Environment")]
 
 
 def _modules_table(modules: Sequence[Module]) -> str:

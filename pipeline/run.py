@@ -14,7 +14,8 @@ from modelzip.checkpoints.errors import CalibrationError, ProblemsError, RecipeE
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.target import check_apart, check_target, clean_up
 from modelzip.evaluation.gates import parse_gates, require_measured
-from modelzip.evaluation.report import report_json, validate, write_report
+from modelzip.evaluation.report import report_json, validate
+from modelzip.evaluation.written import write_report
 from modelzip.recipes.load import recipe_data
 from modelzip.recipes.schema import Recipe
 

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,9 @@ import pytest
 
 from modelzip.checkpoints.errors import RecipeError
 from modelzip.evaluation.gates import METRICS, metrics
-from modelzip.evaluation.report import (
-    report_json,
-    report_markdown,
-    report_schema,
-    validate,
-    write_report,
-)
+from modelzip.evaluation.html import neighbours_of, report_html
+from modelzip.evaluation.report import report_json, report_markdown, report_schema, validate
+from modelzip.evaluation.written import write_report
 
 ROOT = Path(__file__).parents[2]
 COMMENT_LIMIT = 65_536  # characters in a comment on GitHub
@@ -273,12 +272,127 @@ def test_a_pipe_in_a_note_does_not_break_the_table() -> None:
     assert "a\\|b" in report_markdown(validate(data))
 
 
-def test_both_files_are_written_and_nothing_else(tmp_path: Path) -> None:
+def test_the_files_are_written_and_nothing_else(tmp_path: Path) -> None:
     report = validate(sample())
-    paths = write_report(tmp_path, report)
-    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    (tmp_path / "out").mkdir()
+    paths = write_report(tmp_path / "out", report)
+    assert sorted((tmp_path / "out").iterdir()) == sorted(paths)
     assert paths[0].read_bytes() == report_json(report)
     assert paths[1].read_text(encoding="utf-8") == report_markdown(report)
+    assert paths[2].read_text(encoding="utf-8") == report_html(report)
+
+
+class Page(HTMLParser):
+    """What a page shows, which elements it has, and what it would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.shown = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.open.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.shown += data
+
+
+def test_the_page_shows_what_the_markdown_says_and_fetches_nothing() -> None:
+    report = validate(sample())
+    text = report_html(report)
+    page = Page(text)
+    assert [link for link in page.fetched if not link.startswith("#")] == []
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert re.findall(r"url\((?!#)", text) == []
+    for figure in ("20.000", "25.000", "88.50 % (86.0 to 90.5)", "Reading 480 tokens", "Joules a token written"):
+        assert figure in page.shown, figure
+    assert page.tags.count("svg") == 2
+    assert page.tags.count("details") == 4
+    for summary in ("All 7 modules", "Time by phase", "Recipe", "Environment"):
+        assert summary in page.shown
+    assert "perplexity" in page.shown
+    assert "relative error" in page.shown  # text of a chart stays text
+    assert "#010203" not in text
+
+
+def test_the_same_report_gives_the_same_page() -> None:
+    assert report_html(validate(sample())) == report_html(validate(sample()))
+
+
+def test_what_looks_like_html_is_shown_as_text() -> None:
+    data = sample()
+    data["fallbacks"] = ["<script>alert(1)</script>"]
+    data["source"]["name"] = "<b>model</b>"
+    data["modules"][0]["note"] = "<img src=x onerror=alert(1)>"
+    page = Page(report_html(validate(data)))
+    assert not {"script", "img", "b"} & set(page.tags)
+    assert "<script>alert(1)</script>" in page.shown
+
+
+def test_runs_on_the_same_model_and_evaluation_beside_it_are_shown(tmp_path: Path) -> None:
+    def put(name: str, **changes: Any) -> None:
+        data = sample()
+        data["size"]["bytes_after"] = changes.get("size", 80_000_000)
+        data["evaluation"]["accuracy"]["compressed"] = changes.get("accuracy", 0.8)
+        data["source"]["sha256"] = changes.get("source", data["source"]["sha256"])
+        data["evaluation"]["protocol"]["sha256"] = changes.get("text", data["evaluation"]["protocol"]["sha256"])
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_bytes(report_json(validate(data)))
+
+    put("here")
+    put("small", size=50_000_000, accuracy=0.7)
+    put("other-model", source="d" * 64)
+    put("other-text", text="e" * 64)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "report.json").write_text('{"schema_version": 9}')
+    report = validate(sample())
+    found = neighbours_of(tmp_path / "here", report)
+    assert [(one.name, one.nbytes, one.quality) for one in found] == [("small", 50_000_000, 0.7)]
+    page = Page(report_html(report, found))
+    assert page.tags.count("svg") == 3
+    assert "small" in page.shown
+    assert "this run" in page.shown
+
+
+def test_a_page_needs_neither_modules_nor_an_evaluation() -> None:
+    data = sample()
+    data["modules"], data["evaluation"], data["size"]["bytes_before"], data["size"]["ratio"] = [], None, None, None
+    page = Page(report_html(validate(data)))
+    assert page.tags.count("svg") == 1
+    assert "Quality was not measured in this run." in page.shown
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+@pytest.mark.parametrize(("width", "scheme"), [(1000, 1), (400, 1), (1000, 0)], ids=["wide", "phone", "dark"])
+def test_a_browser_draws_the_page(width: int, scheme: int, tmp_path: Path) -> None:
+    """Headless: the page isn't empty, has the background of its scheme, and is no wider than the window."""
+    from PIL import Image
+
+    (tmp_path / "report.html").write_text(report_html(validate(sample())), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}"]
+    options += [f"--window-size={width},3000", f"--screenshot={tmp_path / 'page.png'}"]
+    subprocess.run([str(BROWSER), *options, (tmp_path / "report.html").as_uri()], check=True, capture_output=True)
+    drawn = Image.open(tmp_path / "page.png").convert("RGB")
+    corner = drawn.getpixel((2, 2))
+    assert isinstance(corner, tuple)
+    assert (min(corner) > 240) if scheme else (max(corner) < 60)
+    colours = {colour for _, colour in drawn.getcolors(1 << 24) or []}
+    assert (0x2A, 0x7D, 0xE1) in colours  # the bars
 
 
 def test_every_field_is_documented_in_the_words_of_the_schema() -> None:
