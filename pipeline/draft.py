@@ -20,6 +20,7 @@ from .clock import device_clock
 from .data_kind import writes
 from .opened import open_by_transformers
 from .progress import Progress
+from .speed import check_room
 from .tokens import same_tokens, vocabulary_size
 
 PROMPTS: Final = 8
@@ -63,14 +64,13 @@ def check_draft(model: Checkpoint, draft: Checkpoint, evaluation: Evaluation) ->
         if not writes(one.config):
             named = ", ".join(one.config.get("architectures") or ()) or "of no named architecture"
             raise RecipeError(f"--draft: {one.source} is {named}, which writes no text: name two that do.")
+        check_room(one, evaluation)
     if not same_tokens(model, draft):
         sizes = [vocabulary_size(one.config) for one in (draft, model)]
         raise RecipeError(
             f"--draft: {draft.source} has {sizes[0]} tokens and {model.source} has {sizes[1]}: name a draft that was "
             "made from it."
         )
-    if evaluation.data is None:
-        raise RecipeError("--draft needs texts to go on with: name a file by --data.")
 
 
 def draft_section(

@@ -17,7 +17,7 @@ from .data_kind import Kind, kind_of, writes
 from .measure import evaluation_section
 from .progress import Progress
 from .similarity import check_similarity, similarity_section
-from .speed import speed_section
+from .speed import check_room, speed_section
 from .text import Windows, check_source
 
 
@@ -44,8 +44,10 @@ def check_evaluation(
         check_similarity(evaluation, results[kinds.index("similarity")], original, called=called)
     if kinds[-1] == "tokens":
         check_source(evaluation.data, field=evaluation.field, called=called)
-    if evaluation.latency and kinds[-1] != "classification" and not writes(results[-1].config):
-        raise RecipeError("evaluate.latency times classifiers on labelled examples, and models that write text.")
+    if evaluation.latency and kinds[-1] != "classification":
+        if not writes(results[-1].config):
+            raise RecipeError("evaluate.latency times classifiers on labelled examples, and models that write text.")
+        check_room(results[-1], evaluation)
 
 
 def windows_section(

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.skeleton import skeleton
 from modelzip.evaluation.energy import meter
 from modelzip.recipes.schema import Evaluation
 
@@ -37,6 +39,15 @@ class Timed:
     tokens: list[list[float]] = field(default_factory=list)
     batches: dict[int, list[float]] = field(default_factory=dict)
     joules: float | None = None
+
+
+def check_room(checkpoint: Checkpoint, evaluation: Evaluation) -> None:
+    """Raise RecipeError if the model takes no more tokens than it is to write."""
+    if (limit := longest(skeleton(checkpoint))) <= evaluation.new_tokens:
+        raise RecipeError(
+            f"evaluate.new_tokens is {evaluation.new_tokens}, and {checkpoint.source} takes at most {limit} tokens, "
+            "those that it reads among them: lower it."
+        )
 
 
 def speed_section(

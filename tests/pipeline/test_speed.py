@@ -123,6 +123,20 @@ def test_an_encoder_is_not_timed_on_text(speaking, text_file, progress):
         measured(speaking("bert"), speaking("bert"), text_file, progress)
 
 
+def test_more_new_tokens_than_the_model_takes_are_refused_before_a_weight_is_read(
+    speaking, text_file, progress, monkeypatch
+):
+    monkeypatch.setattr("modelzip.checkpoints.index.Checkpoint.read", lambda *_: pytest.fail("read weights"))
+    evaluation = Evaluation(data=str(text_file), seq_len=16, latency=True, new_tokens=64)
+    with pytest.raises(ModelzipError, match=r"new_tokens is 64, and .* takes at most 64 tokens, those that it reads"):
+        evaluate_models(
+            str(speaking("llama")),
+            against=None,
+            evaluation=evaluation,
+            **{"revision": None, "device": "cpu", "dtype": "auto", "progress": progress},
+        )
+
+
 def test_a_condition_on_times_that_are_not_taken_is_refused(speaking, text_file, progress):
     evaluation = Evaluation(data=str(text_file), seq_len=32, fail_if=("token_speedup < 1",))
     with pytest.raises(ModelzipError, match=r"needs times, which are taken with evaluate\.latency: true"):
