@@ -11,6 +11,7 @@ from modelzip.recipes.schema import Recipe
 
 from .options import Option, command, field_option, switch_options
 from .output import write_json, write_rich
+from .request import checked
 from .show import megabytes
 
 MODEL: Final = Option("model", (), "A folder, a hub id or a .gguf file.", "argument", metavar="MODEL", required=True)
@@ -87,7 +88,10 @@ def _compare(values: Mapping[str, Any]) -> None:
 def _found(names: Sequence[str], values: Mapping[str, Any], *, revision: str | None) -> list[dict[str, Any]]:
     """What is found of each model."""
     batch_size, seq_len = (_whole(values[key], f"--{key.replace('_', '-')}") for key in ("batch_size", "seq_len"))
-    device = values["set_device"] or "auto"
+    if values["set_device"] is not None and not values["measure"]:
+        raise RecipeError("--device says where components are measured: give --measure as well, or leave it out.")
+    given = {} if values["set_device"] is None else {"device": values["set_device"]}
+    device = checked(given, "", renamed={"device": "--device"}, least_stages=0).device
     for name in names:
         check_named(name, revision=revision)
     from modelzip.checkpoints.index import Checkpoint

@@ -115,8 +115,8 @@ def measured(run: Run, result: Checkpoint, kept: Windows | None) -> dict[str, An
     """What a stage's result costs in quality: its report's `evaluation`; None if it isn't measured."""
     recipe, device, progress = run.context.recipe, run.context.device, run.context.progress
     begin = time.perf_counter()
-    found, kind = None, kind_of(recipe.evaluate, result.config)
-    if recipe.evaluate.enabled and kind != "tokens":
+    found, enabled = None, recipe.evaluate.enabled
+    if enabled and (kind := kind_of(recipe.evaluate, result.config)) != "tokens":
         found = examples_section(
             kind, result, run.checkpoint, recipe.evaluate, dtype=recipe.dtype, device=device, progress=progress
         )

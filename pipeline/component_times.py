@@ -27,8 +27,8 @@ class Running:
     """The component whose module is running; told when one begins and ends. A module's own work is what is left of it
     without the modules inside."""
 
-    def __init__(self, parts: Parts, clock: Callable[[], float]) -> None:
-        self._parts, self._clock = parts, clock
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._stack: list[tuple[str, float, float]] = []  # component, begin, seconds inside of it that others took
         self.seconds = dict.fromkeys(COMPONENTS, 0.0)
 
@@ -37,9 +37,9 @@ class Running:
         """Of the innermost module that runs."""
         return self._stack[-1][0] if self._stack else COMPONENTS[-1]
 
-    def begin(self, path: str) -> None:
-        """A module's forward begins."""
-        self._stack.append((self._parts.computing(path), self._clock(), 0.0))
+    def begin(self, component: str) -> None:
+        """The forward of a module of this component begins."""
+        self._stack.append((component, self._clock(), 0.0))
 
     def end(self) -> None:
         """The innermost module's forward has ended."""
@@ -85,12 +85,12 @@ def measured_components(
     with torch.no_grad():
         model(**inputs)
         for _ in range(REPETITIONS):
-            running = Running(parts, device_clock(device))
-            with watched(model, running):
+            running = Running(device_clock(device))
+            with watched(model, parts, running):
                 model(**inputs)
             passes.append(running.seconds)
-        running = Running(parts, time.perf_counter)
-        with watched(model, running), Allocated(running) as allocated:
+        running = Running(time.perf_counter)
+        with watched(model, parts, running), Allocated(running) as allocated:
             model(**inputs)
     return {
         name: {
@@ -102,11 +102,12 @@ def measured_components(
 
 
 @contextmanager
-def watched(model: nn.Module, running: Running) -> Iterator[None]:
+def watched(model: nn.Module, parts: Parts, running: Running) -> Iterator[None]:
     """Tell `running` of every module's forward."""
 
     def begin(path: str) -> Callable[..., None]:
-        return lambda *_: running.begin(path)
+        component = parts.computing(path)  # found beforehand: it would count as time of the module around
+        return lambda *_: running.begin(component)
 
     hooks = [module.register_forward_pre_hook(begin(path)) for path, module in model.named_modules()]
     hooks += [module.register_forward_hook(lambda *_: running.end()) for module in model.modules()]

@@ -44,8 +44,9 @@ class Run:
 
     @cached_property
     def kind(self) -> Kind:
-        """How the result is evaluated, if it is."""
-        return kind_of(self.context.recipe.evaluate, self.plans[-1].result.config)
+        """How the result is evaluated, if it is; without an evaluation nobody looks at its data."""
+        evaluation = self.context.recipe.evaluate
+        return kind_of(evaluation, self.plans[-1].result.config) if evaluation.enabled else "tokens"
 
     @property
     def targets(self) -> list[Path]:

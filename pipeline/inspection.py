@@ -60,20 +60,20 @@ def inspect_models(
     where = None if device is None else pick_device(device)
     found = []
     for checkpoint, model in zip(checkpoints, models, strict=True):
-        one = inspected(checkpoint, model, batch_size=batch_size, seq_len=length)
+        parts = Parts(model, checkpoint)
+        one = inspected(checkpoint, model, parts, batch_size=batch_size, seq_len=length)
         if where is not None:
-            measured = measured_components(
-                checkpoint, Parts(model, checkpoint), batch_size=batch_size, seq_len=length, device=where
-            )
+            measured = measured_components(checkpoint, parts, batch_size=batch_size, seq_len=length, device=where)
             for row in one["components"]:
                 row.update(measured[row["name"]])
         found.append(one)
     return found
 
 
-def inspected(checkpoint: Checkpoint, model: nn.Module, *, batch_size: int, seq_len: int) -> dict[str, Any]:
+def inspected(
+    checkpoint: Checkpoint, model: nn.Module, parts: Parts, *, batch_size: int, seq_len: int
+) -> dict[str, Any]:
     """Parameters, bytes and FLOPs by component, from headers. model: the checkpoint's skeleton."""
-    parts = Parts(model, checkpoint)
     rows: dict[str, dict[str, Any]] = {
         name: {"name": name, "parameters": 0, "bytes": 0, "flops": None} for name in COMPONENTS
     }
@@ -104,15 +104,9 @@ def _stored(model: nn.Module, checkpoint: Checkpoint) -> list[tuple[str, int, in
     for name, tensor in model.state_dict().items():
         sources = [source for source in names.sources([name]) if source not in seen]
         seen |= set(sources)
-        if sources or name not in _owners(names):
-            owned = names.owner(name) == name
-            numbers = math.prod(tensor.shape) if owned else 0
-            found.append((name, numbers, sum(checkpoint.tensors[source].nbytes for source in sources)))
+        numbers = math.prod(tensor.shape) if names.owner(name) == name else 0
+        found.append((name, numbers, sum(checkpoint.tensors[source].nbytes for source in sources)))
     return found
-
-
-def _owners(names: NameMap) -> set[str]:
-    return {name for group in names.tied for name in group if names.owner(name) != name}
 
 
 def _flops(

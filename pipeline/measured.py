@@ -29,25 +29,21 @@ def check_evaluation(
     Examples are read to their end. results: what will be measured, the last one for certain; the others where they are
     of a kind that can be. original: what they are compared with. called: how the user knows the settings.
     """
-    if evaluation.data is None:
-        if evaluation.task in ("classification", "similarity"):
-            raise RecipeError(f"evaluate.task is {evaluation.task}, which needs evaluate.data: a file of examples.")
-        return
+    if evaluation.data is None and evaluation.task in ("classification", "similarity"):
+        raise RecipeError(f"evaluate.task is {evaluation.task}, which needs evaluate.data: a file of examples.")
     kinds = [kind_of(evaluation, one.config) for one in results]
-    check_classification(
-        evaluation,
-        [one for one, kind in zip(results, kinds, strict=True) if kind == "classification"],
-        original,
-        called=called,
-    )
-    if "similarity" in kinds:
-        check_similarity(evaluation, results[kinds.index("similarity")], original, called=called)
-    if kinds[-1] == "tokens":
-        check_source(evaluation.data, field=evaluation.field, called=called)
     if evaluation.latency and kinds[-1] != "classification":
         if not writes(results[-1].config):
             raise RecipeError("evaluate.latency times classifiers on labelled examples, and models that write text.")
         check_room(results[-1], evaluation)
+    if evaluation.data is None:
+        return
+    classifiers = [one for one, kind in zip(results, kinds, strict=True) if kind == "classification"]
+    check_classification(evaluation, classifiers, original, called=called)
+    if "similarity" in kinds:
+        check_similarity(evaluation, results[kinds.index("similarity")], original, called=called)
+    if kinds[-1] == "tokens":
+        check_source(evaluation.data, field=evaluation.field, called=called)
 
 
 def windows_section(

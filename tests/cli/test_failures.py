@@ -30,6 +30,11 @@ from modelzip.cli.main import answer
         ("evaluate m", "error: Missing option '--data'"),
         ("evaluate m --data d --windows 0", "error: --windows: 0 is not allowed"),
         ("evaluate m --data d --fail-if kl>1", "kl"),
+        ("inspect m --measure --device gpu", "error: --device: gpu is not allowed"),
+        ("inspect m --device cpu", "error: --device says where components are measured: give --measure as well"),
+        ("inspect m --seq-len 0", "error: --seq-len: 0 is no whole number above 0"),
+        ("compare m n --batch-size two", "error: --batch-size: two is no whole number above 0"),
+        ("compare m", "error: Missing argument 'OTHER'"),
         ("recipe check", "error: there is no modelzip.yaml in this folder"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 from modelzip.checkpoints.errors import ModelzipError
 from modelzip.pipeline import speed
 from modelzip.pipeline.evaluate import evaluate_models
+from modelzip.pipeline.run import plan_recipe
 from modelzip.pipeline.speed import REPETITIONS, written
 from modelzip.recipes.schema import Evaluation
 
@@ -135,6 +137,25 @@ def test_more_new_tokens_than_the_model_takes_are_refused_before_a_weight_is_rea
             evaluation=evaluation,
             **{"revision": None, "device": "cpu", "dtype": "auto", "progress": progress},
         )
+
+
+@pytest.mark.parametrize(
+    ("model", "evaluate", "told"),
+    [
+        ("bert", {"latency": True}, "evaluate.latency times classifiers on labelled examples, and models that write"),
+        ("llama", {"latency": True, "new_tokens": 64}, "new_tokens is 64, and"),
+    ],
+)
+def test_times_of_a_run_without_data_of_its_own_are_checked_too(speaking, recipe_of, tmp_path, model, evaluate, told):
+    recipe = recipe_of(speaking(model), {"method": "rtn"}, evaluate={"enabled": True, **evaluate})
+    with pytest.raises(ModelzipError, match=re.escape(told)):
+        plan_recipe(recipe, output=tmp_path / "out")
+
+
+def test_data_of_an_evaluation_that_is_switched_off_are_not_looked_at(speaking, compress, tmp_path):
+    section = {"enabled": False, "data": str(tmp_path / "missing.jsonl"), "task": "classification"}
+    stages = {"prune": {"method": "magnitude"}}, {"method": "rtn"}
+    assert compress(speaking("llama"), tmp_path / "out", *stages, evaluate=section).report
 
 
 def test_a_condition_on_times_that_are_not_taken_is_refused(speaking, text_file, progress):
