@@ -20,9 +20,10 @@ from modelzip.weights.exits import ExitsConfig
 from .called import Called
 from .data_kind import Counted, columns_of, is_classifier
 from .early_exits import exits_section
-from .feeding import Fed, class_logits, feed, open_classifier, open_whole, outputs
+from .feeding import Fed, class_logits, feed, open_classifier, outputs
 from .labelled import Examples, read_examples
 from .latency import TIMED, timed
+from .opened import open_by_transformers
 from .progress import Progress
 
 
@@ -139,7 +140,9 @@ def latency_section(
 ) -> dict[str, Any]:
     """Times of both models, opened whole, over the first examples: one by one, and in batches."""
     first = examples.split(TIMED)[0]
-    pairs = [(checkpoint, open_whole(checkpoint, dtype, device)) for checkpoint in (original, compressed)]
+    pairs = [
+        (checkpoint, open_by_transformers(checkpoint, device, dtype=dtype)) for checkpoint in (original, compressed)
+    ]
     found = {}
     for name, size in (("single", 1), ("batched", evaluation.batch_size)):
         fed = [feed(*pair, first, seq_len=evaluation.seq_len, batch_size=size) for pair in pairs]

@@ -16,9 +16,10 @@ from modelzip.recipes.schema import Evaluation
 from modelzip.weights.departures import exits_taken
 from modelzip.weights.exits import ExitsConfig
 
-from .feeding import Fed, feed, open_whole
+from .feeding import Fed, feed
 from .labelled import Examples
 from .latency import TIMED, timed
+from .opened import open_by_transformers
 
 SIZES: Final = ("single", "batched")
 
@@ -52,7 +53,7 @@ def exits_section(
     One pass says which exit every example would take at any threshold; times are taken by running just the layers that
     are needed, in turns with the whole model, which is the same one at threshold 0.
     """
-    model = open_whole(checkpoint, dtype, device)
+    model = open_by_transformers(checkpoint, device, dtype=dtype)
     fed = feed(checkpoint, model, examples, seq_len=evaluation.seq_len, batch_size=evaluation.batch_size)
     every, labels = _every_exit(fed), torch.tensor(examples.labels)
     first = examples.split(TIMED)[0]

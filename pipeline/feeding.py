@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from modelzip.checkpoints.blocks import is_own
-from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.evaluation.agreement import group_bytes
@@ -19,6 +18,7 @@ from modelzip.evaluation.agreement import group_bytes
 from .calibrate import longest, tokenizer_of
 from .labelled import Batch, Examples, batches_by_length, count_cut, encode
 from .measure import streamed_model
+from .opened import open_by_transformers
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,8 @@ class Fed:
 def open_classifier(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
     """The checkpoint as a streamed model, or whole in memory where it has no blocks."""
     if is_own(checkpoint):
-        return open_whole(checkpoint, dtype, device)
+        return open_by_transformers(checkpoint, device, dtype=dtype)
     return streamed_model(checkpoint, dtype, device)
-
-
-def open_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """The classifier in memory as transformers opens it, with modelzip's own layouts and models."""
-    from transformers import AutoModelForSequenceClassification
-
-    import modelzip.weights  # noqa: F401  # teaches them to transformers
-
-    try:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(checkpoint.folder, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"{checkpoint.source} can't be opened as a classifier ({str(error).strip().splitlines()[0]})."
-        ) from None
-    return model.to(device).eval()
 
 
 def feed(checkpoint: Checkpoint, model: Any, examples: Examples, *, seq_len: int, batch_size: int) -> Fed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -15,6 +14,7 @@ from torch import Tensor
 from modelzip.checkpoints.errors import CalibrationError
 
 from .called import EVALUATE, Called
+from .labels import class_ids
 from .padding import Padding, padded, padding_of
 from .rows import read_table
 
@@ -31,8 +31,6 @@ TEXTS: Final = (
 """Columns that hold texts and their pairs where nobody named any."""
 
 LABELS: Final = ("label", "labels", "class", "score")
-NUMBERS: Final = "score"
-"""A column of this name holds numbers to be predicted, even where all of them are whole."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def read_examples(
         places.append(where)
     if not texts:
         raise CalibrationError(f"{source} holds no examples below its first line: give a file with some.")
-    found, classes = _labels(labels, places, columns.label, names=names, stated=table.classes.get(columns.label))
+    found, classes = class_ids(labels, places, columns.label, names=names, stated=table.classes.get(columns.label))
     whole = Examples(tuple(texts), tuple(pairs) if columns.pair else None, found, classes, source)
     return whole if count is None else whole.split(count)[0]
 
@@ -222,85 +220,3 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     if column in row:
         raise CalibrationError(f"{where}: the column {column!r} holds {type(value).__name__}, not text.")
     raise CalibrationError(f"{where} has no {column!r}; it has {', '.join(row)}: every row needs the same columns.")
-
-
-def _labels(
-    values: list[Any],
-    places: list[str],
-    column: str,
-    *,
-    names: Sequence[str] | None,
-    stated: tuple[str, ...] | None,
-) -> tuple[tuple[int, ...] | tuple[float, ...], tuple[str, ...]]:
-    """Class ids and names, or numbers and no names. stated: names that the source gives the whole numbers in it."""
-    for value, where in zip(values, places, strict=True):
-        if value is None or value == "" or not isinstance(value, str | int | float):
-            raise CalibrationError(f"{where} has no label in the column {column!r}: each example needs one.")
-    numbers = _numbers(values)
-    whole = numbers is not None and all(number.is_integer() for number in numbers) and not _has_floats(values)
-    if names is None and stated is None and numbers is not None and (not whole or column == NUMBERS):
-        names = ()
-    if names is not None and not names:
-        if numbers is None:
-            wrong = next(place for place, value in zip(places, values, strict=True) if _number(value) is None)
-            raise CalibrationError(
-                f"{wrong}: the label in the column {column!r} is no number, which is what is learnt."
-            )
-        return tuple(numbers), ()
-    if (
-        stated is not None and whole and numbers is not None
-    ):  # a dataset's ids may stand in another order than the model's
-        values = [stated[int(one)] if 0 <= one < len(stated) else str(int(one)) for one in numbers]
-        if names is None:
-            names = stated
-        elif {one.casefold() for one in names} != {one.casefold() for one in stated}:
-            values = [str(int(one)) for one in numbers]
-    if names is None:
-        names = _classes(values, numbers if whole else None)
-    return _ids(values, places, column, names), tuple(names)
-
-
-def _ids(values: Sequence[Any], places: Sequence[str], column: str, names: Sequence[str]) -> tuple[int, ...]:
-    """The class of each label: its name's place, or, where labels aren't names, the whole number that it is."""
-    ids = {name.casefold(): place for place, name in enumerate(names)}
-    are_names = all(str(value).casefold() in ids for value in set(map(str, values)))
-    found = []
-    for value, where in zip(values, places, strict=True):
-        number = _number(value)
-        if are_names:
-            found.append(ids[str(value).casefold()])
-        elif number is not None and number.is_integer() and 0 <= number < len(names):
-            found.append(int(number))
-        elif str(value).casefold() in ids:
-            found.append(ids[str(value).casefold()])
-        else:
-            hidden = " (-1 marks labels that are held back: choose another split)" if number == -1 else ""
-            raise CalibrationError(
-                f"{where}: the label {value!r} in the column {column!r} is none of the {len(names)} classes "
-                f"{', '.join(names)}, nor the number of one{hidden}."
-            )
-    return tuple(found)
-
-
-def _classes(values: Sequence[Any], whole: Sequence[float] | None) -> tuple[str, ...]:
-    if whole is not None and min(whole) >= 0:
-        return tuple(str(one) for one in range(int(max(whole)) + 1))
-    return tuple(sorted({str(value) for value in values}))
-
-
-def _number(value: Any) -> float | None:
-    """The number that a label is or spells, None for words, nan and infinity among them."""
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _numbers(values: Sequence[Any]) -> list[float] | None:
-    found = [_number(value) for value in values]
-    return None if None in found else [number for number in found if number is not None]
-
-
-def _has_floats(values: Sequence[Any]) -> bool:
-    return any("." in value if isinstance(value, str) else isinstance(value, float) for value in values)

@@ -55,7 +55,7 @@ def load_whole(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
     return model
 
 
-def open_by_transformers(checkpoint: Checkpoint, device: torch.device, *, dtype: str) -> Any:
+def open_by_transformers(checkpoint: Checkpoint, device: torch.device, *, dtype: torch.dtype | str) -> Any:
     """The model as a user opens it, with modelzip's own layouts, in eval mode. dtype: of torch, or auto.
 
     It has run on one token, before which some layouts aren't what they will be. Raises CheckpointError if transformers
@@ -68,7 +68,10 @@ def open_by_transformers(checkpoint: Checkpoint, device: torch.device, *, dtype:
         with redirect_stderr(StringIO()), torch.no_grad():  # bars of compressed-tensors'
             model: Any = kind.from_pretrained(checkpoint.folder, dtype=dtype)
             model = model.to(device).eval()
-            model(**forward_inputs(model)(torch.zeros(1, 1, dtype=torch.int64, device=device)))
+            config = model.config.get_text_config()
+            end = getattr(config, "eos_token_id", None)  # which T5's classifiers look for
+            token = end if isinstance(end, int) and end < config.vocab_size else 0
+            model(**forward_inputs(model)(torch.full((1, 1), token, dtype=torch.int64, device=device)))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         told = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise CheckpointError(f"transformers can't open {checkpoint.source}: {told}.") from None

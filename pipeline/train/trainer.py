@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modelzip.checkpoints.shards import disk_errors
 from modelzip.compressors.distill.settings import DistillSettings
@@ -26,6 +20,7 @@ from .lesson import Lesson
 from .material import Material
 from .order import EpochOrder, LongestFirst
 from .rhythm import Beat, Rhythm, checkpoint_at, curve_of
+from .undisturbed import undisturbed
 
 WEIGHTS = "model.safetensors"
 
@@ -259,7 +254,7 @@ def train(
     In the end every process has the weights that are kept, but where they lie apart (FSDP, ZeRO 3): there only the
     main one has them. callbacks: a method's own schedule.
     """
-    with _hushed(), _deepspeed_forgotten(), torch.enable_grad():
+    with undisturbed(), torch.enable_grad():
         trainer = LessonTrainer(lesson, course, material=material, measured=measured, work=work)
         rhythm = Rhythm(course.beat, order=trainer.order, material=material, seed=course.seed, progress=progress)
         for callback in (rhythm, *callbacks):
@@ -275,35 +270,3 @@ def train(
                 state = {name: best_state[twin] for name, twin in _twins(state).items()}
     own = {name.removeprefix("student."): tensor for name, tensor in state.items() if name.startswith("student.")}
     return Learned(own, curve, kept, steps, rhythm.stopped_early)
-
-
-@contextmanager
-def _deepspeed_forgotten() -> Iterator[None]:
-    """After a training, models are made as before it: of ZeRO 3's settings transformers would go on to spread them."""
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """transformers and accelerate say nothing but errors, and the global generators are left as they were.
-
-    The Trainer seeds those of Python and NumPy, too.
-    """
-    loggers = [logging.getLogger(name) for name in ("accelerate", "transformers")]
-    levels = [one.level for one in loggers]
-    verbosity = transformers.utils.logging.get_verbosity()
-    drawn, numbers = random.getstate(), np.random.get_state()
-    for one in loggers:
-        one.setLevel(logging.ERROR)
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(drawn)
-        np.random.set_state(numbers)
-        transformers.utils.logging.set_verbosity(verbosity)
-        for one, level in zip(loggers, levels, strict=True):
-            one.setLevel(level)

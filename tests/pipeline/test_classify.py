@@ -22,6 +22,7 @@ from modelzip.pipeline.classify import classification_section
 from modelzip.pipeline.data_kind import kind_of
 from modelzip.pipeline.evaluate import evaluate_models
 from modelzip.pipeline.labelled import read_examples
+from modelzip.pipeline.opened import open_by_transformers
 from modelzip.recipes.schema import Evaluation
 
 WORDS = [f"w{place}" for place in range(92)]
@@ -156,8 +157,8 @@ def test_the_streamed_and_the_whole_model_give_the_same_logits(model: Path, data
     checkpoint = Checkpoint.open(str(model))
     found = []
     with torch.no_grad():
-        for opened in (feeding.open_classifier, feeding.open_whole):
-            network = opened(checkpoint, torch.float32, CPU)
+        whole = open_by_transformers(checkpoint, CPU, dtype=torch.float32)
+        for network in (feeding.open_classifier(checkpoint, torch.float32, CPU), whole):
             fed = feeding.feed(checkpoint, network, examples, seq_len=64, batch_size=8)
             found.append(feeding.class_logits(fed, lambda more: None))
     assert (found[0] - found[1]).norm() / found[1].norm() < 1e-6  # measured: 1.4e-7
