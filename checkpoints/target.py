@@ -11,7 +11,7 @@ from typing import Final
 from .errors import OutputError
 from .index import CONFIG, Checkpoint
 from .journal import NAME as JOURNAL
-from .shards import disk_errors
+from .shards import disk_errors, sync_folder
 
 WORKSPACE: Final = ".work"
 
@@ -62,6 +62,26 @@ def make_parent(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise OutputError(f"Can't write in {target.parent}: permission denied; name another output folder.")
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Rename the finished `folder` beside `target` to it. What was there is removed when the new one is in place."""
+    old = sibling(target, "old")
+    with disk_errors(target.parent):
+        replaces = target.exists() and any(target.iterdir())
+        if replaces:
+            target.rename(old)
+        try:
+            folder.rename(target)
+        except OSError:
+            if replaces:
+                old.rename(target)
+            raise
+        sync_folder(target.parent)
+        (target / JOURNAL).unlink(missing_ok=True)
+        if replaces:
+            shutil.rmtree(old, ignore_errors=True)
+        sync_folder(target)
 
 
 def undo_half_replacement(target: Path) -> None:

@@ -22,7 +22,6 @@ from torch import Tensor
 from .errors import OutputError
 from .headers import TensorInfo, read_header
 from .index import CONFIG, INDEX, SINGLE, Checkpoint, read_tensors
-from .journal import NAME as JOURNAL
 from .journal import Journal, Part
 from .shards import Entry, copy_file, disk_errors, natural_key, sync_folder, write_file, write_shard
 from .target import (
@@ -33,7 +32,7 @@ from .target import (
     lock,
     make_parent,
     partial_of,
-    sibling,
+    publish,
     undo_half_replacement,
 )
 
@@ -132,7 +131,7 @@ class CheckpointWriter:
                 (self._folder / old).rename(self._folder / new)
             for folder in (*(path for path in self._folder.rglob("*") if path.is_dir()), self._folder):
                 sync_folder(folder)
-        self._publish()
+        publish(self._folder, self._target)
         return self._target
 
     def close(self) -> None:
@@ -203,24 +202,6 @@ class CheckpointWriter:
             if (info.dtype, info.shape) != (found[info.name].dtype, found[info.name].shape):
                 raise OutputError(f"The copy of {info.name} in {self._folder} isn't like the source's; run it again.")
         return {name: found[name] for name in sorted(found, key=natural_key)}
-
-    def _publish(self) -> None:
-        old = sibling(self._target, "old")
-        with disk_errors(self._target.parent):
-            replaces = self._target.exists() and any(self._target.iterdir())
-            if replaces:
-                self._target.rename(old)
-            try:
-                self._folder.rename(self._target)
-            except OSError:
-                if replaces:
-                    old.rename(self._target)
-                raise
-            sync_folder(self._target.parent)
-            (self._target / JOURNAL).unlink(missing_ok=True)
-            if replaces:
-                shutil.rmtree(old, ignore_errors=True)
-            sync_folder(self._target)
 
 
 def _json(value: object) -> bytes:

@@ -206,6 +206,8 @@ SWITCHES: Final = {
     "resume": "Go on with an interrupted run.",
     "json": "Print only the result on stdout, as JSON.",
     "debug": "Show tracebacks and the libraries' own messages.",
+    "no_verify": "Don't open the output with the software that it is for.",
+    "private": "Make the repository of --push-to-hub private, where it isn't there yet.",
 }
 
 

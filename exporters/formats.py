@@ -1,47 +1,98 @@
-"""The formats that a checkpoint can be written in, by name."""
+"""The formats that a checkpoint can be written in, by name: what writes each, and what opens it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-import torch
+from torch import Tensor
 
-from modelzip.checkpoints.errors import RecipeError
+from modelzip.checkpoints.blocks import is_own
+from modelzip.checkpoints.errors import CheckpointError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.recipes.export_formats import AUTO
 
-from . import dense
+from . import compressed_tensors, dense
+from .plain import answer_by_transformers
+from .request import Request, Written
+from .source import Source
 
 
 @dataclass(frozen=True)
 class Format:
-    """write: a checkpoint into a folder. refusal: why it can't be written so, from headers alone, or None."""
+    """write: what makes the output. misfit: why it can't hold the model, from headers alone and as a clause, or None.
 
-    write: Callable[..., Path]
-    refusal: Callable[[Checkpoint], str | None]
+    answer: the output of the consumer on inputs, in a process of its own. writers, readers: packages that writing and
+    `answer` take, by the names that they are imported by. precision: how far a logit may be from modelzip's own, as a
+    part of the largest, where no weight was rounded.
+    """
+
+    write: Callable[[Request], Written]
+    misfit: Callable[[Source, str], str | None]
+    answer: Callable[[Path, Mapping[str, Tensor]], Tensor]
+    writers: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
+    precision: float = 1e-3
 
 
-FORMATS: Final[Mapping[str, Format]] = MappingProxyType({"dense": Format(dense.export_dense, dense.refusal)})
+FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
+    {
+        "dense": Format(dense.write, dense.misfit, answer_by_transformers),
+        "compressed-tensors": Format(
+            compressed_tensors.write,
+            compressed_tensors.misfit,
+            answer_by_transformers,
+            readers=("compressed_tensors",),
+        ),
+    }
+)
 
 
-def export(
-    checkpoint: Checkpoint,
-    format: str,
-    output: Path,
-    *,
-    dtype: str = "auto",
-    overwrite: bool = False,
-    report: Callable[[int, int], None] = lambda done, total: None,
-) -> Path:
-    """Write the checkpoint in a format of FORMATS, and give what was written.
+PACKAGES: Final = MappingProxyType({"llama_cpp": "llama-cpp-python"})
+"""What a package is installed by, where that isn't what it is imported by."""
 
-    dtype: of floating tensors, `auto` as they are. report: told how many bytes of all are written. Raises RecipeError
-    for a format that isn't there, and what the format's own function raises.
+
+def refusal(checkpoint: Checkpoint, format: str, *, scheme: str = AUTO) -> str | None:
+    """Why the checkpoint can't be written so, with the formats that can hold it; from headers alone. None if it can."""
+    if lacking := _lacking(FORMATS[format].writers):
+        return f"To write {format}, install {lacking}: pip install {lacking}."
+    if is_own(checkpoint) and format != "dense":
+        return f"{checkpoint.source} is a student of a kind that only modelzip opens, which {format} can't hold."
+    source = Source.of(checkpoint)
+    misfit = FORMATS[format].misfit(source, scheme)
+    if misfit is None:
+        return None
+    others = [name for name in FORMATS if name != format and _holds(name, source)]
+    can = f"what can hold it is {', '.join(others)}" if others else "keep it in modelzip's own layout"
+    return f"{checkpoint.source}: {misfit}; {can}."
+
+
+def export(request: Request, format: str) -> Written:
+    """Write a checkpoint in a format of FORMATS. Raises RecipeError for one that isn't there, CheckpointError if the
+    format can't hold the checkpoint, and what the format's own function raises.
     """
     if format not in FORMATS:
         raise RecipeError(f"There is no format {format}: take {' or '.join(FORMATS)}.")
-    number = None if dtype == "auto" else getattr(torch, dtype)
-    return FORMATS[format].write(checkpoint, output, dtype=number, overwrite=overwrite, report=report)
+    if (problem := refusal(request.checkpoint, format, scheme=request.scheme)) is not None:
+        raise CheckpointError(problem)
+    return FORMATS[format].write(request)
+
+
+def missing_reader(format: str) -> str | None:
+    """The package that opens the format, if it isn't installed."""
+    return _lacking(FORMATS[format].readers)
+
+
+def _holds(format: str, source: Source) -> bool:
+    try:
+        return FORMATS[format].misfit(source, AUTO) is None
+    except CheckpointError:  # of a model that the format knows nothing of
+        return False
+
+
+def _lacking(packages: tuple[str, ...]) -> str | None:
+    return next((PACKAGES.get(one, one) for one in packages if find_spec(one) is None), None)

@@ -7,10 +7,13 @@ from pathlib import Path
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.target import check_target, partial_of
-from modelzip.exporters.formats import FORMATS, export
+from modelzip.exporters.formats import export, refusal
+from modelzip.exporters.request import request_of
+from modelzip.recipes.export_formats import AUTO
 from modelzip.recipes.naming import export_output
 from modelzip.recipes.schema import Export, Recipe
 
+from .exported import check_export, said
 from .identity import read_provenance
 from .progress import Progress
 
@@ -22,7 +25,8 @@ def check_exports(
 
     planned: the headers that the last stage will leave.
     """
-    refusals = (FORMATS[one.format].refusal(planned) for one in recipe.export)
+    needed = [one for one in recipe.export if not _needless(one, planned)]
+    refusals = (refusal(planned, one.format, scheme=one.scheme) for one in needed)
     if problems := [f"export: {refusal}" for refusal in refusals if refusal is not None]:
         raise ProblemsError(problems)
     folders = [_folder(one, output) for one in recipe.export]
@@ -40,23 +44,34 @@ def check_exports(
 def export_all(
     recipe: Recipe, output: Path, fingerprint: str, *, overwrite: bool, resume: bool, progress: Progress
 ) -> list[Path]:
-    """Write every export of the finished `output`; one that would change nothing is left out, and said.
+    """Write every export of the finished `output` and open each; one that would change nothing is left out, and said.
 
     With `resume`, those that this run (by its fingerprint) has finished before are left as they are.
     """
     result = Checkpoint.open(str(output))
     written = []
     for one in recipe.export:
-        if result.quantization is None and one.dtype == "auto":
-            progress.say(f"export: {output} is a dense checkpoint already, so it isn't exported as {one.format}")
+        if _needless(one, result):
+            progress.say(f"export: {output} is {one.format} already, so it isn't exported")
             continue
         folder = _folder(one, output)
         if resume and not overwrite and _is_finished(folder, fingerprint):
             progress.say(f"export: {folder} is finished already")
             continue
         progress.say(f"export: writing {folder}")
-        written.append(export(result, one.format, folder, dtype=one.dtype, overwrite=overwrite))
+        done = export(request_of(one, result, folder, overwrite=overwrite), one.format)
+        for line in done.rounded:
+            progress.say(f"export: {line}")
+        if one.verify:
+            progress.say(f"export: {folder}: {said(check_export(result, one.format, done, seed=recipe.seed))}")
+        written.append(done.path)
     return written
+
+
+def _needless(one: Export, result: Checkpoint) -> bool:
+    """Whether the result is in this format as it is."""
+    kind = (result.quantization or {}).get("quant_method", "dense")
+    return one.format == kind and one.scheme == one.dtype == AUTO
 
 
 def _is_finished(folder: Path, fingerprint: str) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.loaded import load_whole
 from modelzip.checkpoints.rewrite import Cut, Rewrite, expected, opens
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.compressors.prune.structural import every_other, least_influential
@@ -28,7 +29,7 @@ from .measure import open_streamed
 from .room import memory_needed
 from .smaller import Headers, StructuralMethod, headers_of
 from .text import Windows
-from .whole import compute_dtype, data_of, load_whole, loss_of, loss_problem, whole_bytes
+from .whole import compute_dtype, data_of, loss_of, loss_problem, whole_bytes
 
 COUNT_KEYS: Final = {
     "encoder": ("encoder_layers", "num_layers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from modelzip.checkpoints.blocks import is_own
 from modelzip.checkpoints.errors import MachineError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.loaded import decode_of
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.evaluation.agreement import measure
 from modelzip.evaluation.masked import Hidden, hide, pseudo_perplexity
@@ -20,7 +22,7 @@ from modelzip.weights.layouts import MODELZIP
 
 from .calibrate import forward_inputs, has_tokenizer, is_causal, is_masked, longest, tokenizer_of
 from .data_kind import Counted
-from .opened import WholeModel, decode_of
+from .opened import WholeModel
 from .progress import Progress
 from .text import Windows
 from .verify import verify
@@ -78,22 +80,33 @@ def reopen(result: Checkpoint, *, seed: int, device: torch.device) -> tuple[dict
 
     Returns the report's `verification`, or None and the reason. Raises OutputError if they differ.
     """
-    dense = 4 * sum(_elements(result).values())
-    if dense * 1.5 > psutil.virtual_memory().available:
+    if (dense := dense_bytes(result)) * 1.5 > psutil.virtual_memory().available:
         return None, [f"the output wasn't reopened in a fresh process: that takes {dense / 1e9:,.1f} GB dense in fp32"]
-    model = running_model(result, torch.float32, device)
+    inputs, expect = probe(result, seed=seed, device=device)
+    own = is_own(result) or (result.quantization or {}).get("quant_method") == MODELZIP
+    return verify(result.folder, inputs, expect, own_layout=own), []
+
+
+def probe(checkpoint: Checkpoint, *, seed: int, device: torch.device) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
+    """A window of tokens drawn by chance as the model's arguments, and what gives its output on them in fp32."""
+    model = running_model(checkpoint, torch.float32, device)
     length = min(PROBE_TOKENS, longest(model.model))
     vocabulary = model.model.config.get_text_config().vocab_size
     window = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
     inputs = dict(forward_inputs(model.model)(window))
-    own = is_own(result) or (result.quantization or {}).get("quant_method") == MODELZIP
 
     def expect() -> Tensor:
-        if isinstance(model, StreamedModel):
-            return main_output(next(model.outputs([inputs])))
-        return answer(model.model, {name: tensor.to(device) for name, tensor in inputs.items()})
+        with torch.no_grad():
+            if isinstance(model, StreamedModel):
+                return main_output(next(model.outputs([inputs])))
+            return answer(model.model, {name: tensor.to(device) for name, tensor in inputs.items()})
 
-    return verify(result.folder, inputs, expect, own_layout=own), []
+    return inputs, expect
+
+
+def dense_bytes(checkpoint: Checkpoint) -> int:
+    """About what a model takes with all its weights dense, in fp32."""
+    return 4 * sum(_elements(checkpoint).values())
 
 
 def _elements(checkpoint: Checkpoint) -> dict[str, int]:

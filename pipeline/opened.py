@@ -1,4 +1,4 @@
-"""Models with all their weights in memory, filled by modelzip's own reader."""
+"""Models with all their weights in memory, as users open them and as they are measured."""
 
 from __future__ import annotations
 
@@ -8,51 +8,15 @@ from io import StringIO
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modelzip.checkpoints.blocks import Structure
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.names import NameMap
-from modelzip.checkpoints.reader import Decode, materialise, move_buffers
+from modelzip.checkpoints.loaded import load_whole
 from modelzip.checkpoints.skeleton import skeleton
-from modelzip.weights.layouts import decoder
 
 from .calibrate import forward_inputs
-
-
-def decode_of(checkpoint: Checkpoint) -> Decode | None:
-    """What makes the checkpoint's compressed weights dense; None where there are none."""
-    config = checkpoint.quantization
-    if config is None:
-        return None
-    try:
-        compressed = decoder(config)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{checkpoint.source} is {error}, which modelzip doesn't read: it reads its own outputs and "
-            "compressed-tensors pack-quantized."
-        ) from None
-
-    def dense(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        return compressed(name, tensors).dense(torch.float32)
-
-    return dense
-
-
-def load_whole(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with all its weights, compressed ones made dense, in eval mode and without gradients of weights."""
-    model = skeleton(checkpoint)
-    model.config.use_cache = False
-    names = NameMap(model, checkpoint)
-    move_buffers(model, device)
-    materialise(
-        model, [""], checkpoint=checkpoint, names=names, device=device, dtype=dtype, decode=decode_of(checkpoint)
-    )
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase):  # it computes with a list of its own, which knows the meta tensors
-            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
-    return model
 
 
 def open_by_transformers(checkpoint: Checkpoint, device: torch.device, *, dtype: torch.dtype | str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modelzip.checkpoints.errors import CheckpointError, ProblemsError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
+from modelzip.checkpoints.loaded import load_whole
 from modelzip.checkpoints.rewrite import Cut, Rewrite, expected, opens, with_number
 from modelzip.checkpoints.units import Axis, Units, find_heads, find_neurons, indices
 from modelzip.compressors.prune.structural import Kept, choose, magnitudes, normalised
@@ -25,7 +26,7 @@ from .context import Context
 from .importance import importance
 from .smaller import Headers, StructuralMethod, headers_of
 from .text import Windows
-from .whole import compute_dtype, data_of, load_whole, loss_of, loss_problem, whole_bytes
+from .whole import compute_dtype, data_of, loss_of, loss_problem, whole_bytes
 
 NEURON_KEYS: Final = (
     *("intermediate_size", "ffn_dim", "hidden_dim", "d_ff", "n_inner", "ffn_hidden_size"),

@@ -6,7 +6,6 @@ it is the fresh process: `python -m modelzip.pipeline.verify FOLDER TOKENS OUT`.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from modelzip.checkpoints.errors import OutputError
 from modelzip.checkpoints.fresh import FreshProcessError, fresh
-from modelzip.evaluation.outputs import answer
+from modelzip.exporters.plain import answer_by_transformers
 
 TOLERANCE = 1e-3
 """Largest allowed difference of a logit, relative to the largest logit; both sides compute in fp32."""
@@ -40,7 +39,7 @@ def verify(
         kind = "own" if own_layout else "plain"
         try:
             with fresh(__name__, str(folder.absolute()), str(tokens), str(out), kind, place=place):
-                expected = _on_half_the_cores(expect)
+                expected = on_half_the_cores(expect)
         except FreshProcessError as error:
             raise OutputError(f"{folder} was written, but transformers can't open it: {error}") from None
         found = load_file(out)["output"]
@@ -54,7 +53,7 @@ def verify(
     return {"max_logit_difference": difference, "tokens": int(next(iter(inputs.values())).numel())}
 
 
-def _on_half_the_cores(action: Callable[[], Tensor]) -> Tensor:
+def on_half_the_cores(action: Callable[[], Tensor]) -> Tensor:
     """Two processes whose threads wait for one another on the same cores take more than twice as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))
@@ -64,38 +63,10 @@ def _on_half_the_cores(action: Callable[[], Tensor]) -> Tensor:
         torch.set_num_threads(threads)
 
 
-@torch.inference_mode()
-def _reopen(folder: str, inputs: str, out: str) -> None:
-    import transformers
-
-    architecture = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
-    known = getattr(transformers, architecture, transformers.AutoModelForSequenceClassification)
-    model = known.from_pretrained(folder, dtype="auto").eval()  # a class that isn't transformers' own is a classifier
-    tokens = load_file(inputs)
-    model(**{name: tensor[:, :1] for name, tensor in tokens.items()})  # compressed-tensors makes weights dense here
-    _to_float(model)
-    save_file({"output": answer(model, tokens).float().contiguous()}, out)
-
-
-def _to_float(model: Any) -> None:
-    """Everything in fp32 but what makes up compressed weights: the dtype of scales is part of the weights' values."""
-    for module in model.modules():
-        is_ours = hasattr(module, "compute_dtype")
-        if is_ours:
-            module.compute_dtype = torch.float32
-        if is_ours or hasattr(module, "weight_packed"):
-            continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.float()
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                module._buffers[name] = buffer.float()
-
-
 def _main(folder: str, inputs: str, out: str, kind: str) -> None:
     if kind == "own":
         import modelzip.weights  # noqa: F401
-    _reopen(folder, inputs, out)
+    save_file({"output": answer_by_transformers(Path(folder), load_file(inputs))}, out)
 
 
 if __name__ == "__main__":

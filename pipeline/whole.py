@@ -16,11 +16,8 @@ from modelzip.recipes.schema import Recipe
 from .calibrate import batches, forward_inputs, has_tokenizer, is_causal, tokenizer_of
 from .importance import Loss, language_model_loss, masked_lm_loss, self_loss
 from .measure import pick_dtype
-from .opened import load_whole
 from .smaller import headers_of
 from .text import Windows
-
-__all__ = ["compute_dtype", "data_of", "load_whole", "loss_of", "loss_problem", "whole_bytes"]
 
 
 def compute_dtype(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from modelzip.compressors import (
     DISTILL,
@@ -23,6 +23,8 @@ from modelzip.compressors import (
     QuantizeMethod,
 )
 from modelzip.compressors.settings import MethodSettings
+
+from .export_formats import AUTO, FORMATS, FormatName
 
 SOURCE: Final = "self, a .txt, .jsonl or .parquet file, or a hub dataset as NAME or NAME:CONFIG"
 DEVICE: Final = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
@@ -204,13 +206,29 @@ class Export(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
-    format: Literal["dense"] = Field(description="The format: dense is a plain checkpoint that opens without modelzip.")
+    format: FormatName = Field(description="The format.")
     output: str | None = Field(
-        default=None, min_length=1, description="Folder; without one, that of the run's output with the format behind."
+        default=None,
+        min_length=1,
+        description="Folder; without one, that of the run's output with the format behind.",
+    )
+    scheme: str = Field(
+        default=AUTO, description="How matrices are stored, in the format's own words; auto as they are, if it can."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Type of all floating tensors; auto leaves them as they are."
+        default=AUTO, description="Type of floating tensors; auto leaves them as they are."
     )
+    verify: bool = Field(
+        default=True, description="Whether the software that it is for opens it, where that is installed."
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> Export:
+        for field, known in (("scheme", tuple(FORMATS[self.format].schemes)), ("dtype", FORMATS[self.format].dtypes)):
+            if (found := getattr(self, field)) not in (AUTO, *known):
+                has = f"takes auto{''.join(f', {word}' for word in known)}" if known else f"has no {field} to choose"
+                raise ValueError(f"{field} is {found}, but {self.format} {has}")
+        return self
 
 
 class Recipe(BaseModel):

@@ -206,7 +206,7 @@ def test_a_part_that_was_damaged_is_done_again(tmp_path, source):
 
 def test_the_work_of_a_run_that_fails_while_finishing_is_kept(tmp_path, source, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "_publish", _fail)
+        patch.setattr(writer_module, "publish", _fail)
         with pytest.raises(OutputError, match="made to fail"):
             _run(tmp_path, source)
     with _open(tmp_path, source, resume=True) as writer:

@@ -33,9 +33,9 @@ def classifier(save_llama: Callable[..., Path], tmp_path_factory: pytest.TempPat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--to", "dense"], "is dense already, so there is nothing to do"),
-        (["--to", "guff"], "--to: guff is not known; known: dense"),
-        (["--to", "dense", "--dtype", "bfloat"], "--dtype: bfloat is not known; did you mean bfloat16"),
+        (["--to", "dense"], "is dense already: there is nothing to do but"),
+        (["--to", "guff"], "--to: guff is not known; did you mean gguf?"),
+        (["--to", "dense", "--dtype", "bfloat"], "--dtype: bfloat is not known to dense; did you mean bfloat16"),
     ],
 )
 def test_what_can_not_be_exported_ends_with_code_2_and_one_sentence(

@@ -17,12 +17,10 @@ from safetensors.torch import load_file, save_file
 from modelzip.checkpoints.errors import CheckpointError, OutputError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.exporters import dense
-from modelzip.exporters.dense import export_dense
-from modelzip.exporters.formats import FORMATS, export
-from modelzip.pipeline import run
-from modelzip.pipeline.run import run_recipe
-from modelzip.recipes.load import parse_recipe
+from modelzip.exporters import folder as folders
+from modelzip.exporters.formats import export
+from modelzip.exporters.request import Request
+from modelzip.recipes.export_formats import FORMATS
 from modelzip.recipes.schema import Export
 from modelzip.weights import Dense, Kronecker, LowRank, Sparse, TensorTrain
 from modelzip.weights.layouts import MODELZIP, quantization_config, shared_parts
@@ -30,33 +28,10 @@ from modelzip.weights.layouts import MODELZIP, quantization_config, shared_parts
 OWN, PORTABLE = {"bits": 3}, {"bits": 4}
 
 
-class Silent:
-    def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        pass
-
-    def say(self, line: str) -> None:
-        pass
-
-
-@pytest.fixture(scope="session")
-def compressed(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """compressed("llama", bits=3) -> that pico model quantized by rtn, not reopened, with a README beside it."""
-    made: dict[str, Path] = {}
-
-    def of(family: str, **settings: Any) -> Path:
-        key = f"{family} {settings}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp("compressed") / "model"
-            stage = {"quantize": {"method": "rtn", "group_size": 16, **settings}}
-            recipe = {"model": str(saved(family)), "stages": [stage], "evaluate": {"enabled": False}}
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(run, "reopen", lambda *arguments, **options: (None, []))
-                run_recipe(parse_recipe(recipe, "test"), output=folder, progress=Silent())
-            (folder / "README.md").write_text("# Small\n", encoding="utf-8")
-            made[key] = folder
-        return made[key]
-
-    return of
+def export_dense(
+    checkpoint: Checkpoint, output: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> Path:
+    return export(Request(checkpoint, output, dtype=dtype, overwrite=overwrite), "dense").path
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -122,7 +97,7 @@ def test_a_dense_model_is_refused_unless_the_type_changes_something(
     saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     original = Checkpoint.open(str(saved("llama")))
-    with pytest.raises(CheckpointError, match="is dense already, so there is nothing to do"):
+    with pytest.raises(CheckpointError, match="is dense already: there is nothing to do but"):
         export_dense(original, tmp_path / "dense")
     with pytest.raises(CheckpointError, match="its tensors are float32: there is nothing to do"):
         export_dense(original, tmp_path / "dense", dtype=torch.float32)
@@ -146,7 +121,7 @@ def test_a_number_beyond_float16_is_an_error_and_not_infinity(saved: Callable[[s
 def test_a_killed_export_goes_on_and_ends_with_the_same_bytes(
     compressed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense, "PART_BYTES", 10_000)
+    monkeypatch.setattr(folders, "PART_BYTES", 10_000)
     small = Checkpoint.open(str(compressed("llama", **OWN)))
     whole = export_dense(small, tmp_path / "whole")
     written: list[str] = []
@@ -272,13 +247,13 @@ def test_a_factorized_embedding_becomes_a_table(saved: Callable[[str], Path], tm
 
 
 def test_a_matrix_that_lost_rows_fits_no_plain_checkpoint(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    name = "bert.encoder.layer.0.intermediate.dense"
-    small = written_by_hand(tmp_path / "small", saved("bert-classifier"), {name: Dense(torch.ones(7, 32))}, {})
-    with pytest.raises(CheckpointError, match=r"intermediate\.dense is \[7, 32\].*no plain checkpoint can hold it"):
+    name = "bert.encoder.layer.0.output.dense"
+    small = written_by_hand(tmp_path / "small", saved("bert-classifier"), {name: Dense(torch.ones(32, 7))}, {})
+    with pytest.raises(CheckpointError, match=r"output\.dense is \[32, 7\].*no plain checkpoint can hold it"):
         export_dense(small, tmp_path / "dense")
 
 
 def test_the_formats_are_those_of_a_recipe_and_another_is_an_error_that_names_them(tmp_path: Path, saved: Any) -> None:
     assert set(FORMATS) == set(get_args(Export.model_fields["format"].annotation))
-    with pytest.raises(RecipeError, match="no format gguf: take dense"):
-        export(Checkpoint.open(str(saved("llama"))), "gguf", tmp_path / "out")
+    with pytest.raises(RecipeError, match="no format guff: take dense"):
+        export(Request(Checkpoint.open(str(saved("llama"))), tmp_path / "out"), "guff")

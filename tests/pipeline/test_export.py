@@ -87,9 +87,13 @@ def test_what_no_plain_checkpoint_can_hold_is_refused_before_the_run(
 
 def test_an_export_is_read_strictly_and_written_back(recipe: Callable[..., Any]) -> None:
     with pytest.raises(ProblemsError) as found:
-        recipe({"format": "gguf"}, {"formt": "dense"}, "dense")
+        recipe({"format": "guff"}, {"formt": "dense"}, "dense")
     told = "\n".join(found.value.sentences)
-    for words in ("export[0].format: gguf is not allowed; it must be dense", "export[1].formt: ", "export[2]: dense"):
+    for words in ("export[0].format: guff is not allowed; it must be dense", "export[1].formt: ", "export[2]: dense"):
         assert words in told
-    written = recipe({"format": "dense", "dtype": "bfloat16"})
+    with pytest.raises(ProblemsError, match=r"export\[0\]: scheme is Q9, but gguf takes auto, F32"):
+        recipe({"format": "gguf", "scheme": "Q9"})
+    with pytest.raises(ProblemsError, match=r"export\[0\]: dtype is float16, but onnx has no dtype to choose"):
+        recipe({"format": "onnx", "dtype": "float16"})
+    written = recipe({"format": "dense", "dtype": "bfloat16", "verify": False})
     assert parse_recipe(yaml.safe_load(dump_recipe(written)), "again") == written

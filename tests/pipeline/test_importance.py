@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from modelzip.checkpoints.errors import CalibrationError
 from modelzip.checkpoints.index import Checkpoint
+from modelzip.checkpoints.loaded import load_whole
 from modelzip.checkpoints.units import Units, find_heads, find_neurons
 from modelzip.compressors.prune.structural import choose
 from modelzip.compressors.prune.structural_settings import Heads, Neurons, UnitSettings
 from modelzip.pipeline.importance import importance, language_model_loss, masked_lm_loss, self_loss
 from modelzip.pipeline.smaller import headers_of
-from modelzip.pipeline.whole import load_whole, loss_of
+from modelzip.pipeline.whole import loss_of
 
 spec = importlib.util.spec_from_file_location("structural_help", Path(__file__).with_name("structural.py"))
 help = importlib.util.module_from_spec(spec)

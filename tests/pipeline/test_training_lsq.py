@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.pipeline.measure import decode_of
+from modelzip.checkpoints.loaded import decode_of
 from modelzip.weights.layouts import COMPRESSED_TENSORS, decoder
 
 

@@ -1,0 +1,160 @@
+"""compressed-tensors: packed integers as they are, or every linear of the blocks as int8 or fp8 with 8-bit activations.
+
+Which configs vLLM takes is fixed by its choice of a scheme from the arguments of weights and activations; all that is
+written here are among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from modelzip.checkpoints.blocks import Linear, find_structure
+from modelzip.checkpoints.errors import CheckpointError
+from modelzip.compressors.quantize.grid import fit_grid
+from modelzip.recipes.export_formats import AUTO
+from modelzip.weights.affine import Affine
+from modelzip.weights.layouts import COMPRESSED_TENSORS, portable, quantization_config
+
+from .dense import cast_entries, cast_note, plain_config
+from .folder import Entry, write_folder
+from .request import Request, Written
+from .source import Source
+
+FP8_LARGEST: Final = 448.0
+"""The largest number of float8 e4m3."""
+
+LAYOUTS: Final = MappingProxyType({"W8A8": ("int-quantized", "int"), "FP8": ("float-quantized", "float")})
+"""Of each scheme: compressed-tensors' words for the layout and for the type."""
+
+
+def write(request: Request) -> Written:
+    """Write the checkpoint. `auto`: its packed integers under compressed-tensors' config; `W8A8`, `FP8`: every linear
+    of the blocks rounded by channel, activations by token at run time.
+
+    Raises CheckpointError if there is nothing to do, and what the writer raises.
+    """
+    source = Source.of(request.checkpoint)
+    return _as_it_is(request, source) if request.scheme == AUTO else _eight_bits(request, source)
+
+
+def misfit(source: Source, scheme: str) -> str | None:
+    """Why compressed-tensors can't hold the model so, or None."""
+    structure = find_structure(source.model, source.checkpoint, names=source.names)
+    linears = {linear.name: linear for block in structure.blocks for linear in block.linears}
+    if shared := next((name for block in structure.blocks for name in block.sharers), None):
+        return f"{shared} has its weight from another linear, and compressed-tensors stores each by itself"
+    if transposed := next((linear.name for linear in linears.values() if linear.transposed), None):
+        return f"{transposed} is stored [in, out] (a Conv1D), which compressed-tensors doesn't know"
+    found = {name: weight.meta() for name in source.matrices() if (weight := source.stored(name)) is not None}
+    if outside := next((name for name in found if not isinstance(source.model.get_submodule(name), nn.Linear)), None):
+        return f"{outside} is compressed and no linear, and compressed-tensors holds linears alone"
+    if scheme != AUTO:
+        return None
+    if not found:
+        return f"it is dense: quantize it first, or round it here with --scheme {' or '.join(LAYOUTS)}"
+    if not portable(found.values(), transposed=False):
+        name, meta = next((n, m) for n, m in found.items() if not portable([m], transposed=False) or len(found) > 1)
+        return f"{name} ({_said(meta)}) isn't what compressed-tensors holds: integers of 2, 4 or 8 bits, all alike"
+    return None
+
+
+def _as_it_is(request: Request, source: Source) -> Written:
+    checkpoint = request.checkpoint
+    config = checkpoint.quantization or {}
+    entries = list(cast_entries(checkpoint, request.dtype, _parts_of_all(source)))
+    if config.get("quant_method") == COMPRESSED_TENSORS and not entries:
+        raise CheckpointError(f"{checkpoint.source} is {COMPRESSED_TENSORS} already, so there is nothing to do.")
+    metas = {name: weight.meta() for name in source.matrices() if (weight := source.stored(name)) is not None}
+    linears = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
+    written = quantization_config(metas, layout=COMPRESSED_TENSORS, linears=linears)
+    whole = {**plain_config(request), "quantization_config": written}
+    return Written(write_folder(request, entries, format=COMPRESSED_TENSORS, config=whole), cast_note(request))
+
+
+def _eight_bits(request: Request, source: Source) -> Written:
+    checkpoint, scheme = request.checkpoint, request.scheme
+    structure = find_structure(source.model, checkpoint, names=source.names)
+    linears = [linear for block in structure.blocks for linear in block.linears]
+    dtype = request.dtype or checkpoint.dtype
+    entries, claimed, rounded = [], set[str](), 0
+    for linear in linears:
+        replaces = tuple(source.parts(linear.name).values()) or (linear.tensor,)
+        claimed.update(replaces)
+        stored = source.stored(linear.name)
+        rounded += not (scheme == "W8A8" and isinstance(stored, Affine) and _is_int8_by_channel(stored))
+
+        def make(linear: Linear = linear) -> dict[str, Tensor]:
+            values, scale = _by_channel(source, linear.name, scheme=scheme, dtype=dtype)
+            stem = linear.tensor.removesuffix("weight")
+            return {f"{stem}weight": values, f"{stem}weight_scale": scale}
+
+        entries.append(Entry(5 * linear.shape[0] * linear.shape[1], replaces, make))
+    entries += cast_entries(checkpoint, request.dtype, claimed | _parts_of_all(source))
+    config = {**plain_config(request), "quantization_config": _config(source, [one.name for one in linears], scheme)}
+    notes = ["activations are rounded to 8 bits by token at run time"]
+    if rounded:
+        notes.append(f"{rounded} matrices were rounded anew to {scheme}, a scale to each row")
+    return Written(
+        write_folder(request, entries, format=COMPRESSED_TENSORS, config=config), (*notes, *cast_note(request))
+    )
+
+
+def _by_channel(source: Source, module: str, *, scheme: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values [out, in] of 8 bits and their scales [out, 1] in `dtype`; those of the source if they are such already."""
+    weight = source.weight(module)
+    if scheme == "W8A8" and isinstance(weight, Affine) and _is_int8_by_channel(weight):
+        return weight.codes(), weight.scale
+    dense = source.dense(module)
+    if scheme == "W8A8":
+        grid = fit_grid(dense, bits=8, group_size=dense.shape[1], symmetric=True, clip="none", dtype=dtype)
+        return grid.nearest(dense).to(torch.int8), grid.scale.to(dtype)
+    scale = (dense.abs().amax(1, keepdim=True) / FP8_LARGEST).clamp(min=torch.finfo(torch.float16).tiny).to(dtype)
+    values = (dense / scale.float()).clamp(-FP8_LARGEST, FP8_LARGEST)
+    return values.to(torch.float8_e4m3fn), scale
+
+
+def _is_int8_by_channel(weight: Affine) -> bool:
+    return weight.bits == 8 and weight.zero_point is None and weight.strategy == "channel"
+
+
+def _config(source: Source, names: list[str], scheme: str) -> dict[str, Any]:
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+        QuantizationStrategy,
+        QuantizationType,
+    )
+
+    layout, kind = LAYOUTS[scheme]
+    weights = QuantizationArgs(
+        num_bits=8, type=QuantizationType(kind), symmetric=True, strategy=QuantizationStrategy.CHANNEL
+    )
+    activations = QuantizationArgs(
+        num_bits=8, type=QuantizationType(kind), symmetric=True, strategy=QuantizationStrategy.TOKEN, dynamic=True
+    )
+    group = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations, format=layout)
+    chosen = set(names)
+    linears = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
+    config = QuantizationConfig(
+        config_groups={"group_0": group},
+        quantization_status=QuantizationStatus.COMPRESSED,
+        format=layout,
+        ignore=[name for name in linears if name not in chosen],
+    )
+    return {**config.to_dict(), "quant_method": COMPRESSED_TENSORS}
+
+
+def _parts_of_all(source: Source) -> set[str]:
+    """Tensors that compressed weights are made of, whose types are part of their values."""
+    return {name for module in source.matrices() for name in source.parts(module).values()}
+
+
+def _said(meta: Mapping[str, Any]) -> str:
+    return f"{meta['bits']} bits, {meta['strategy']}" if meta["kind"] == Affine.kind else str(meta["kind"])
