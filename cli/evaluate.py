@@ -37,7 +37,7 @@ def evaluate() -> Callable[..., None]:
     """The command `evaluate`."""
     windows = ("windows", "seq_len", "field", "split", "masked")
     labelled = ("task", "text", "pair", "label", "examples", "batch_size", "exit_threshold")
-    timed = ("latency", "new_tokens", "batch_sizes")
+    timed = ("tasks", "task_path", "task_limit", "samples", "latency", "new_tokens", "batch_sizes")
     options = [
         MODEL,
         AGAINST,

@@ -25,9 +25,11 @@ from .markdown import number as _number
 from .markdown import share as _share
 from .markdown import table as _table
 from .markdown import within as _within
+from .samples_report import sample_list
 from .schema import Module, Report, StageResult
 from .schema_quality import EvaluationResult
 from .speed_report import draft_rows, speed_rows
+from .tasks_report import task_table
 from .training_report import training_lines
 from .wording import SIZE, SPEED, compared
 
@@ -80,6 +82,7 @@ def report_parts(report: Report) -> list[Part]:
         _headline(report),
         _stages(report.stages),
         exits_table(() if report.evaluation is None else report.evaluation.exits),
+        task_table(() if report.evaluation is None else report.evaluation.tasks),
         _speed(report.evaluation),
         training_lines(report.stages),
         _cost(report),
@@ -243,6 +246,8 @@ def _worst(modules: Sequence[Module]) -> str:
 
 def _details(report: Report) -> list[Part]:
     parts = []
+    if report.evaluation is not None and report.evaluation.samples:
+        parts.append(Part(sample_list(report.evaluation.samples), "Sample texts"))
     if report.modules:
         shown = report.modules[:MODULES_SHOWN]
         note = f"First {len(shown)}; all are in report.json.\n\n" if len(shown) < len(report.modules) else ""

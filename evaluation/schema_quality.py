@@ -155,6 +155,24 @@ class Speculative(Section):
     speedup: float = Field(description="Median of the ratios of both, text by text")
 
 
+class Sample(Section):
+    prompt: str = Field(description="The beginning of an evaluated text, which both models read")
+    original: str | None = Field(description="What the original wrote after it, the likeliest token each; null without")
+    compressed: str = Field(description="What the compressed model wrote")
+    tokens: int = Field(description="Tokens that each wrote")
+    same_tokens: int | None = Field(description="Tokens before the first that differs; null without an original")
+
+
+class TaskResult(Section):
+    task: str = Field(description="Name in lm-evaluation-harness")
+    metric: str = Field(description="Its metric, such as acc or acc_norm")
+    examples: int | None = Field(description="Examples that were asked; null for a group of tasks")
+    original: float | None = Field(description="The original's figure; null without an original")
+    original_error: float | None = Field(description="Standard error; null where the harness gives none")
+    compressed: float | None = Field(description="The compressed model's figure")
+    compressed_error: float | None = Field(description="Standard error; null where the harness gives none")
+
+
 class EvaluationResult(Section):
     protocol: Protocol = Field(description="How it was measured; figures compare only under the same protocol")
     perplexity: Perplexity = Field(description="exp of the mean negative log-likelihood a token")
@@ -229,6 +247,8 @@ class EvaluationResult(Section):
     speculative: Speculative | None = Field(
         None, description="Writing with a draft that the model checks, beside writing alone; null without a draft"
     )
+    samples: tuple[Sample, ...] = Field((), description="Texts that both models went on with")
+    tasks: tuple[TaskResult, ...] = Field((), description="Tasks of lm-evaluation-harness that were asked for")
     exits: tuple[ExitsTaken, ...] = Field(
         (), description="A row for each threshold that was asked for of a model with exits"
     )

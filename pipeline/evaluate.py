@@ -26,7 +26,9 @@ from .identity import header_hash
 from .measure import open_running, pick_device
 from .measured import check_evaluation, examples_section, windows_section
 from .progress import Progress
+from .samples import sample_texts
 from .sections import size_section
+from .tasks import task_rows
 
 
 def evaluate_models(
@@ -108,6 +110,8 @@ def _on_windows(
     windows = evaluation_windows(evaluation, checkpoint, network, called=EVALUATE)
     machine: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress}
     section = windows_section(checkpoint, original, windows, evaluation, **machine)
+    section["tasks"] = task_rows(checkpoint, original, evaluation, **machine)
+    section["samples"] = sample_texts(checkpoint, original, windows.tokens, evaluation, **machine)
     if draft is not None:
         section["speculative"] = draft_section(checkpoint, draft, windows.tokens, evaluation, **machine)
     return section

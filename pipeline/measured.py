@@ -18,6 +18,7 @@ from .measure import evaluation_section
 from .progress import Progress
 from .similarity import check_similarity, similarity_section
 from .speed import check_room, speed_section
+from .tasks import check_tasks
 from .text import Windows, check_source
 
 
@@ -31,6 +32,7 @@ def check_evaluation(
     """
     if evaluation.data is None and evaluation.task in ("classification", "similarity"):
         raise RecipeError(f"evaluate.task is {evaluation.task}, which needs evaluate.data: a file of examples.")
+    check_tasks(evaluation, results[-1])
     kinds = [kind_of(evaluation, one.config) for one in results]
     if evaluation.latency and kinds[-1] != "classification":
         if not writes(results[-1].config):

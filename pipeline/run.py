@@ -44,8 +44,11 @@ from .measure import open_running, pick_device, reopen
 from .measured import check_evaluation
 from .plans import Plan, make_plans, unforeseen
 from .progress import Progress
+from .samples import sample_texts
 from .sections import calibration_section, module_rows, plan_summary, size_section, stage_rows
+from .tasks import task_rows
 from .text import Windows, check_source
+from .tokens import same_tokens
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,8 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
     verification, unverified = reopen(result, seed=run.context.recipe.seed, device=run.context.device)
     run.context.clock.add("reopen", begin)
     evaluation = measured(run, result, kept)
+    if evaluation is not None and kept is not None:
+        evaluation |= _of_whole_models(run, result, kept)
     modules, fallbacks = [], [*unverified, *filter(None, [incomparable(run)])]
     for number, (foreseen, stage) in enumerate(zip(run.plans, done, strict=True), 1):
         rows, sentences = module_rows(number, stage.plan, stage.records)
@@ -201,6 +206,18 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
     )
     write_report(run.output, report)
     return Result(run.output, json.loads(report_json(report)))
+
+
+def _of_whole_models(run: Run, result: Checkpoint, kept: Windows) -> dict[str, Any]:
+    """What both models do whole, opened by transformers: tasks, and texts where their tokens are the same."""
+    context, begin = run.context, time.perf_counter()
+    machine: dict[str, Any] = {"dtype": context.recipe.dtype, "device": context.device, "progress": context.progress}
+    settings = context.recipe.evaluate
+    found: dict[str, Any] = {"tasks": task_rows(result, run.checkpoint, settings, **machine)}
+    if run.kind == "tokens" and same_tokens(result, run.checkpoint):
+        found["samples"] = sample_texts(result, run.checkpoint, kept.tokens, settings, **machine)
+    context.clock.add("samples", begin)
+    return found
 
 
 def _open(recipe: Recipe) -> Checkpoint:

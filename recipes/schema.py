@@ -95,7 +95,19 @@ class Evaluation(BaseModel):
         description="Time both models in turns too: classifiers one text at a time and in batches, models that write "
         "text as they read and write.",
     )
-    new_tokens: int = Field(default=32, ge=1, description="Tokens that a timed model writes after each text it reads.")
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="Tasks of lm-evaluation-harness that both models are asked, such as hellaswag,arc_easy.",
+        json_schema_extra={"allowed": "a list of names"},
+    )
+    task_path: str | None = Field(default=None, min_length=1, description="Folder with tasks of your own, as YAML.")
+    task_limit: int | None = Field(default=None, ge=1, description="Examples of each task; all without one.")
+    samples: int = Field(
+        default=2, ge=0, le=100, description="Texts that models which write go on with, for the report; 0: none."
+    )
+    new_tokens: int = Field(
+        default=32, ge=1, description="Tokens that a model writes after each text, of samples and where it is timed."
+    )
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(1, 4, 16),
         description="Texts at once for which the tokens read a second are timed.",
@@ -112,7 +124,7 @@ class Evaluation(BaseModel):
         default=(), description='Conditions under which the run fails with exit code 3, such as "kl > 0.3".'
     )
 
-    @field_validator("exit_threshold", "batch_sizes", mode="before")
+    @field_validator("exit_threshold", "batch_sizes", "tasks", mode="before")
     @classmethod
     def _apart(cls, value: Any) -> Any:
         """Options come as texts, in which commas stand between several numbers."""

@@ -51,7 +51,7 @@ class GroupScales:
         if self.scale.shape[0] == 1:
             return self
         zero_point = None if self.zero_point is None else self.zero_point[index]
-        return GroupScales(self.scale[index], zero_point, self.bits, (len(index), self.shape[1]))
+        return GroupScales(self.scale[index], zero_point, self.bits, (index.shape[0], self.shape[1]))
 
     def tensors(self) -> dict[str, Tensor]:
         """What goes to safetensors, under the suffixes of compressed-tensors' `pack-quantized` layout."""

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 SCRIPT = shutil.which("modelzip", path=str(Path(sys.executable).parent))
-TIMES_AND_PLACES = frozenset({"report.json", "report.md", "report.html"})
+TIMES_AND_PLACES = frozenset({"report.json", "report.md", "report.html", "README.md"})
 """Files of an output that hold times, memory and the output's own name."""
 
 

@@ -275,8 +275,9 @@ def test_a_pipe_in_a_note_does_not_break_the_table() -> None:
 def test_the_files_are_written_and_nothing_else(tmp_path: Path) -> None:
     report = validate(sample())
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}", encoding="utf-8")
     paths = write_report(tmp_path / "out", report)
-    assert sorted((tmp_path / "out").iterdir()) == sorted(paths)
+    assert sorted((tmp_path / "out").iterdir()) == sorted([tmp_path / "out" / "config.json", *paths])
     assert paths[0].read_bytes() == report_json(report)
     assert paths[1].read_text(encoding="utf-8") == report_markdown(report)
     assert paths[2].read_text(encoding="utf-8") == report_html(report)
