@@ -37,7 +37,7 @@ def write(request: Request) -> Written:
     do, OutputError for a number that float16 can't hold, and what the writer raises.
     """
     checkpoint = request.checkpoint
-    entries = list(_entries(checkpoint, request.dtype))
+    entries = list(dense_entries(checkpoint, request.dtype))
     if not entries and not checkpoint.source.lower().endswith(".gguf"):
         raise CheckpointError(_nothing(request))
     return Written(write_folder(request, entries, format="dense", config=plain_config(request)), cast_note(request))
@@ -85,7 +85,7 @@ def _nothing(request: Request) -> str:
     return f"{source} is dense already: there is nothing to do but to change its type with --dtype."
 
 
-def _entries(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entry]:
+def dense_entries(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entry]:
     """All tensors of the output that aren't the checkpoint's own."""
     claimed: set[str] = set()
     for entry in _decoded(checkpoint, dtype) if checkpoint.quantization is not None else ():
@@ -101,7 +101,7 @@ def _decoded(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entr
     assert config is not None
     decode = decoder(config)
     model = skeleton(_plain(checkpoint))  # the model that will be opened: all sizes are config.json's
-    wanted = dtype or _own_dtype(checkpoint)
+    wanted = dtype or own_dtype(checkpoint)
     for place in compressed_places(checkpoint, model):
         path = located(model, place.module)
         layer = None if path is None else model.get_submodule(path)
@@ -110,7 +110,7 @@ def _decoded(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entr
             tensors = checkpoint.read(place.parts.values())
             weight = decode(place.module, {suffix: tensors[source] for suffix, source in place.parts.items()})
             dense = weight.dense(wanted).T if isinstance(layer, Conv1D) else weight.dense(wanted)
-            return {place.name: _finite(dense.contiguous(), place.name)}
+            return {place.name: finite(dense.contiguous(), place.name)}
 
         count = 0 if layer is None else layer.get_parameter("weight").numel()
         yield Entry(count * wanted.itemsize, tuple(place.parts.values()), make)
@@ -137,7 +137,7 @@ def _misfit(config: Mapping[str, Any], model: nn.Module) -> str | None:
     return None
 
 
-def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type that config.json names, or else that of most of the checkpoint."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     found = getattr(torch, str(named), None)
@@ -145,10 +145,10 @@ def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _cast(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    return _finite(checkpoint.read([name], dtype=dtype)[name], name)
+    return finite(checkpoint.read([name], dtype=dtype)[name], name)
 
 
-def _finite(tensor: Tensor, name: str) -> Tensor:
+def finite(tensor: Tensor, name: str) -> Tensor:
     """The tensor itself. Raises OutputError if a number is too large for float16."""
     if tensor.dtype == torch.float16 and not bool(tensor.isfinite().all()):
         raise OutputError(f"{name} has numbers beyond the range of float16: choose --dtype bfloat16 or float32.")

