@@ -26,6 +26,8 @@ from .headers import ITEM_SIZES, TensorInfo
 from .index import DTYPES
 
 CHUNK: Final = 1 << 24  # bytes
+UNWRITTEN: Final = re.compile(r"\d+ requested and \d+ written")
+"""What numpy says of a write that the disk cut short; it passes no error number on."""
 TORCH_WRITES: Final = ("inline_container", "iostream error", "PytorchStreamWriter")
 """Words of torch.save, which doesn't say why a file can't be written."""
 _SPELLINGS: Final = {dtype: spelling for spelling, dtype in DTYPES.items()}
@@ -143,6 +145,8 @@ def disk_errors(folder: Path, *, need: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None and UNWRITTEN.search(str(error)):
+            raise _sentence(folder, need, errno.ENOSPC, "") from error
         raise _sentence(folder, need, error.errno, error.strerror or str(error)) from error
     except SafetensorError as error:
         if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
@@ -152,16 +156,24 @@ def disk_errors(folder: Path, *, need: int = 0) -> Iterator[None]:
         if not any(word in str(error) for word in TORCH_WRITES):
             raise
         raise MachineError(
-            f"A file in {folder} wasn't written to its end, which a full disk does ({_free(folder)}): make room and go "
-            "on with --resume."
+            f"A file in {folder} wasn't written to its end, which a full disk does ({_free(folder)}): make room "
+            "and run it again, where there is --resume with that."
         ) from error
+
+
+def require_room(folder: Path, need: int) -> None:
+    """Raise MachineError if the disk of `folder` has fewer free bytes than that, before they are written."""
+    if shutil.disk_usage(folder).free < need:
+        raise _sentence(folder, need, errno.ENOSPC, "")
 
 
 def _sentence(folder: Path, need: int, number: int | None, told: str) -> ModelzipError:
     """What the system's error number and words say about a write in `folder`."""
     if number in (errno.ENOSPC, errno.EDQUOT):
         space = f"{need / 1e6:.1f} MB were to be written and {_free(folder)}" if need else _free(folder)
-        return MachineError(f"The disk of {folder} is full: {space}; make room and go on with --resume.")
+        return MachineError(
+            f"The disk of {folder} is full: {space}; make room and run it again, where there is --resume with that."
+        )
     if number == errno.EFBIG:
         return MachineError(
             f"A file in {folder} would be larger than files may be here: raise `ulimit -f`, or take another disk."

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modelzip.checkpoints.blocks import find_structure
 from modelzip.checkpoints.reader import materialise, move_buffers
-from modelzip.checkpoints.shards import disk_errors
+from modelzip.checkpoints.shards import disk_errors, require_room
 from modelzip.evaluation.outputs import main_output
 from modelzip.weights.embedding import embedding_of
 from modelzip.weights.linear import linear_of
@@ -28,6 +28,8 @@ from .request import Request, Written
 from .source import Source
 
 PROGRAM: Final = "model.pt2"
+OVERHEAD: Final = 16 << 20
+"""Room in bytes for the program itself, beside its weights."""
 
 
 def write(request: Request) -> Written:
@@ -47,6 +49,8 @@ def write(request: Request) -> Written:
         program = torch.export.export(Forward(model), (), example, dynamic_shapes=sizes, strict=False)
 
     def make(folder: Path) -> None:
+        nbytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in program.state_dict.values()}.values())
+        require_room(folder, int(1.02 * nbytes) + OVERHEAD)  # torch's writer ends the process on a full disk
         with disk_errors(folder):
             torch.export.save(program, folder / PROGRAM)
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.exporters.dense import export_dense
+from modelzip.exporters.formats import export
+from modelzip.exporters.request import Request
 from modelzip.pipeline.headers import info_of
 from modelzip.pipeline.measure import streamed_model
 from modelzip.pipeline.plans import make_plans
@@ -78,7 +79,7 @@ def test_shared_layers_are_the_dense_model_with_the_mean_in_all_of_them(kin, sco
     truth = list(models.outputs(averaged(kin, saved(kin), scope)))
     model = help.opened(tmp_path / "out")
     assert help.distance(list(models.outputs(model)), truth) < 1e-6  # measured: 6e-8
-    export_dense(Checkpoint.open(str(tmp_path / "out")), tmp_path / "dense")
+    export(Request(Checkpoint.open(str(tmp_path / "out")), tmp_path / "dense"), "dense")
     assert help.is_plain(tmp_path / "dense")
     assert help.distance(list(models.outputs(help.opened(tmp_path / "dense"))), truth) < 1e-6  # measured: 6e-8
     assert any("feed-forwards" in note or "layers" in note or "attentions" in note for note in plan.notes)
