@@ -73,6 +73,14 @@ def _opening(report: Report, config: Mapping[str, Any]) -> str:
     return "```python\n" + "".join(lines) + "\n```"
 
 
-def _told(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without what was left at null, and without where it was written."""
-    return {key: value for key, value in recipe.items() if value not in (None, [], {}) and key != "output"}
+def _told(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without what was left at null, and without the user's folders: a card is for others to read."""
+    return {key: _public(value) for key, value in recipe.items() if value not in (None, [], {}) and key != "output"}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _told(value)
+    if isinstance(value, list):
+        return [_public(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value

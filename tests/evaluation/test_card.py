@@ -31,7 +31,11 @@ def report() -> Report:
         {
             "modelzip": "0.1.0",
             "command": "quantize",
-            "recipe": {"model": "large", "output": "out/small", "stages": [{"quantize": {"method": "rtn", "bits": 4}}]},
+            "recipe": {
+                "model": "/home/ada/large",
+                "output": "out/small",
+                "stages": [{"quantize": {"method": "rtn", "bits": 4}}],
+            },
             "source": {"name": "large", "sha256": "0" * 64},
             "output": "out/small",
             "size": {
