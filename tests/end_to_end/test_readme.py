@@ -220,7 +220,10 @@ def test_the_readme_begins_with_the_two_commands_that_the_makefile_has() -> None
 def test_every_direct_dependency_is_pinned_and_nothing_else() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    own, *others = extras["dev"]
+    assert own == "modelzip[export]"
+    wanted = [*project["dependencies"], *extras["export"], *others]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line.split("==")[0] for line in lines if line and not line.startswith("#")]
     assert pins == [re.split(r"[<>=~; ]", one)[0] for one in wanted]
