@@ -80,7 +80,7 @@ class Heap:
 
     The system clears every page anew that was given back, which takes longer than most of what a forward does with
     it: so only if the process has grown beyond the most that was in use so far, and not as glibc would do it, at every
-    large tensor that is freed.
+    large tensor that is freed. What a step holds that began with nothing idle, it needs, and so will the next one.
     """
 
     def __init__(self) -> None:
@@ -90,14 +90,22 @@ class Heap:
             self._mallinfo.restype = _Mallinfo2
             self._give_back()
             self._most = 0
+            self._began_bare = False
 
     def settle(self) -> None:
         """Give back if too much lies idle. To ask what is in use takes longer than to ask what the process holds."""
-        if self._mallinfo is None or self._resident() <= self._most + SLACK_BYTES:
+        if self._mallinfo is None:
+            return
+        resident = self._resident()
+        if self._began_bare:
+            self._began_bare = False
+            self._most = max(self._most, resident)
+        if resident <= self._most + SLACK_BYTES:
             return
         self._most = max(self._most, self._handed_out() + self._others)
-        if self._resident() > self._most + SLACK_BYTES:
+        if resident > self._most + SLACK_BYTES:
             self._give_back()
+            self._began_bare = True
 
     def _give_back(self) -> None:
         give_back()

@@ -24,6 +24,9 @@ from .walk import Stop, Walk
 HEAD_ROWS = 8192
 """Rows of an output head that are cast to the type of the product at once."""
 
+KEPT_BYTES = 256 << 20
+"""A head up to this size stays while outputs are made; to read a larger one for each takes little beside its blocks."""
+
 
 def native_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bf16 are fast there: always on accelerators, on CPUs with AVX-512 BF16 or AMX."""
@@ -130,12 +133,21 @@ class StreamedModel:
             self.load(last)
             for batch in range(len(walk)):
                 output = walk.advance(batch).output
-                self.free_outside()
+                if self._outside_bytes() > KEPT_BYTES:
+                    self.free_outside()
                 yield output
                 del output
         finally:
             walk.close()
             self.free(last)
+            self.free_outside()
+
+    def _outside_bytes(self) -> int:
+        """Of what modules outside the blocks hold now."""
+        modules = (self._modules[name] for name in self._outside)
+        return sum(
+            parameter.nbytes for module in modules for parameter in module._parameters.values() if parameter is not None
+        )
 
     def _load_outside(self, name: str) -> None:
         if name not in self._outside:
@@ -145,7 +157,10 @@ class StreamedModel:
             module = self._modules[name]
             # Scaled embeddings multiply: that must be done in the type of the activations.
             as_stored = isinstance(module, nn.Linear) or type(module).forward is nn.Embedding.forward
-            self._fill(_own_state(name, module), None if as_stored else self.dtype)
+            dtype = None if as_stored else self.dtype
+            if isinstance(module, nn.Linear) and module.weight.numel() * self.product_dtype.itemsize <= KEPT_BYTES:
+                dtype = self.product_dtype
+            self._fill(_own_state(name, module), dtype)
             self._outside.add(name)
 
     def _fill(self, prefixes: Sequence[str], dtype: torch.dtype | None) -> None:

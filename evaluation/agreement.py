@@ -25,7 +25,7 @@ CHUNK = 16
 TOP = 5
 """Tokens whose ranks are compared."""
 
-GROUP_BYTES = 24 << 20
+GROUP_BYTES = 48 << 20
 """Hidden states of one model in a group of windows, unless its blocks are larger: each group reads the model anew."""
 
 
