@@ -37,7 +37,8 @@ def evaluate() -> Callable[..., None]:
     """The command `evaluate`."""
     windows = ("windows", "seq_len", "field", "split", "masked")
     labelled = ("task", "text", "pair", "label", "examples", "batch_size", "exit_threshold")
-    timed = ("tasks", "task_path", "task_limit", "samples", "latency", "new_tokens", "batch_sizes")
+    written = ("tasks", "task_path", "task_limit", "samples", "new_tokens")
+    timed = ("latency", "batch_sizes")
     options = [
         MODEL,
         AGAINST,
@@ -45,7 +46,7 @@ def evaluate() -> Callable[..., None]:
         DATA,
         *(
             field_option(Evaluation, key, ("evaluate", key), panel=None)
-            for key in (*windows, *labelled, *timed, "fail_if")
+            for key in (*windows, *labelled, *written, *timed, "fail_if")
         ),
         *machine_options(),
         *switch_options("json", "debug"),

@@ -48,8 +48,8 @@ def _export(values: Mapping[str, Any]) -> None:
     model = values["model"]
     asked = _asked(values)
     check_named(model, revision=values["revision"])
-    name = Path(model_name(model))
-    folder = Path(asked.output).expanduser() if asked.output else export_output(name, asked.format)
+    named = Path(model_name(model))
+    folder = Path(asked.output).expanduser() if asked.output else export_output(named, asked.format)
     from modelzip.checkpoints.index import Checkpoint
     from modelzip.exporters.formats import export
     from modelzip.exporters.hub import Repository
@@ -58,7 +58,8 @@ def _export(values: Mapping[str, Any]) -> None:
 
     from .progress import shown_progress
 
-    repository = Repository.checked(values["push"], private=bool(values["private"])) if values["push"] else None
+    name, private = values["push"], bool(values["private"])
+    repository = None if name is None else Repository.checked(name, private=private)
     checkpoint = Checkpoint.open(model, revision=values["revision"])
     with shown_progress() as progress:
         request = request_of(
@@ -96,7 +97,7 @@ def _asked(values: Mapping[str, Any]) -> Export:
             raise RecipeError(f"{option}: {format} has none to choose; leave the option out.")
         if word not in words:
             raise RecipeError(f"{option}: {word} is not known to {format}; {suggestion(word, words)}")
-    if values["private"] and not values["push"]:
+    if values["private"] and values["push"] is None:
         raise RecipeError("--private is of an upload: name its repository with --push-to-hub.")
     given = {"output": values["output"], "scheme": scheme, "dtype": dtype, "verify": not values["no_verify"]}
     return Export.model_validate({"format": format, **given})

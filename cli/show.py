@@ -10,7 +10,7 @@ from rich.text import Text
 
 from modelzip.evaluation.fallbacks import gathered
 from modelzip.evaluation.markdown import within
-from modelzip.evaluation.speed_report import draft_rows, speed_rows
+from modelzip.evaluation.speed_report import draft_rows, latency_rows, speed_rows
 from modelzip.evaluation.wording import SIZE, SPEED, compared
 
 from .output import write_rich
@@ -79,15 +79,17 @@ def _exits(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line for each threshold of a model with exits, timed against the whole model."""
     table = Table("threshold", "accuracy", "layers", title="Exits", title_justify="left")
     for row in rows[:1]:
-        for timed in row["latency"].values():
+        for timed in _ways(row):
             table.add_column(f"ms an example, {timed['batch_size']} at once")
     for row in rows:
         accuracy = f"{row['accuracy']:.2%} ({row['low']:.1%} to {row['high']:.1%})"
-        times = (
-            f"{timed['compressed_ms']:.2f} ({compared(timed['speedup'], SPEED)})" for timed in row["latency"].values()
-        )
+        times = (f"{timed['compressed_ms']:.2f} ({compared(timed['speedup'], SPEED)})" for timed in _ways(row))
         table.add_row(f"{row['threshold']:g}", accuracy, f"{row['layers']:.2f}", *times)
     return table
+
+
+def _ways(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    return row["latency"]["single"], row["latency"]["batched"]
 
 
 def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -113,8 +115,8 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("cosine to the original's embeddings", "", _number(evaluation.get("cosine"), ".4f")),
         ("agreement on similarities", "", _number(evaluation.get("similarity_agreement"), ".4f")),
         ("difference of the last hidden states", "", _number(evaluation.get("hidden_error"), ".4f")),
-        *(_times(timed) for timed in (evaluation.get("latency") or {}).values()),
-        *_speeds(evaluation.get("speed")),
+        *_noted(latency_rows(evaluation["latency"]) if evaluation.get("latency") else ()),
+        *_noted(speed_rows(evaluation["speed"]) if evaluation.get("speed") else ()),
         ("time, s", "", _number((report.get("time") or {}).get("total_s"), ".0f")),
         ("peak memory, MB", "", _number(report.get("peak_memory_mb"), ",.0f")),
     ]
@@ -140,14 +142,9 @@ def _percentiles(evaluation: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, (_number(evaluation.get(key), ".4f") for key in ("kl_p95", "kl_p99"))))
 
 
-def _speeds(speed: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
-    rows = [] if speed is None else speed_rows(speed)
+def _noted(rows: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, str, str]]:
+    """The note behind the compressed model's figure."""
     return [(name, before, f"{after} ({note})" if note else after) for name, before, after, note in rows]
-
-
-def _times(timed: Mapping[str, Any]) -> tuple[str, str, str]:
-    name = f"ms an example, {timed['batch_size']} at once"
-    return name, f"{timed['original_ms']:.2f}", f"{timed['compressed_ms']:.2f} ({compared(timed['speedup'], SPEED)})"
 
 
 def _number(value: Any, form: str) -> str:

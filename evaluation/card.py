@@ -64,9 +64,10 @@ def _opening(report: Report, config: Mapping[str, Any]) -> str:
     quantized = (config.get("quantization_config") or {}).get("quant_method")
     architecture = next(iter(config.get("architectures") or ()), "AutoModel")
     lines = []
-    if quantized == OWN or architecture not in dir(transformers):
+    known = architecture in dir(transformers)
+    if quantized == OWN or not known:
         lines.append("import modelzip.weights  # teaches transformers what this model is made of\n")
-    if architecture not in dir(transformers):  # a student of a kind of our own, all of which are classifiers
+    if not known:  # a student of a kind of our own, all of which are classifiers
         architecture = "AutoModelForSequenceClassification"
     name = Path(report.output or "").name
     lines.append(f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained("{name}")')

@@ -28,10 +28,10 @@ from .markdown import within as _within
 from .samples_report import sample_list
 from .schema import Module, Report, StageResult
 from .schema_quality import EvaluationResult
-from .speed_report import draft_rows, speed_rows
+from .speed_report import draft_rows, latency_rows, speed_rows
 from .tasks_report import task_table
 from .training_report import training_lines
-from .wording import SIZE, SPEED, compared
+from .wording import SIZE, compared
 
 __all__ = ["Report", "report_json", "report_markdown", "report_parts", "report_schema", "validate"]
 
@@ -155,10 +155,7 @@ def _quality(evaluation: EvaluationResult) -> list[tuple[str, str, str, str]]:
     if evaluation.hidden_error is not None:
         rows.append(("Difference of the last hidden states", "", _number(evaluation.hidden_error, ".4f"), "relative"))
     if evaluation.latency is not None:
-        for timed in (evaluation.latency.single, evaluation.latency.batched):
-            before, after = f"{timed.original_ms:.2f} ms", f"{timed.compressed_ms:.2f} ms"
-            speedup = compared(timed.speedup, SPEED, times="×")
-            rows.append((f"Time an example, {timed.batch_size} at once", before, after, speedup))
+        rows += latency_rows(evaluation.latency.model_dump())
     return rows
 
 

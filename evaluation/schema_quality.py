@@ -79,22 +79,6 @@ class Timed(Section):
     speedup: float = Field(description="Median of the ratios of both, repetition by repetition")
 
 
-class Latency(Section):
-    single: Timed = Field(description="One example at a time")
-    batched: Timed = Field(description="In batches")
-
-
-class ExitsTaken(Section):
-    threshold: float = Field(description="Uncertainty, 0 to 1, below which a text leaves")
-    accuracy: float = Field(description="Share of labelled examples put into the right class by the exits they take")
-    low: float = Field(description="Lower end of its 95 % interval (Wilson 1927)")
-    high: float = Field(description="Upper end of it")
-    layers: float = Field(description="Mean number of layers that ran for an example")
-    latency: Latency = Field(
-        description="Timed in turns with the whole model, which stands as the original: the same one at threshold 0"
-    )
-
-
 class Spread(Section):
     p50_ms: float = Field(description="Median, in milliseconds")
     p90_ms: float = Field(description="What 90 % stay under")
@@ -109,9 +93,33 @@ class Times(Section):
 
 class Throughput(Section):
     batch_size: int = Field(description="Texts that ran at once")
-    original: float | None = Field(description="Tokens a second that the original reads; null if there is none")
-    compressed: float = Field(description="Tokens a second that the compressed model reads")
+    original: float | None = Field(
+        description="What the original reads a second: tokens in `speed`, examples in `latency`; null without one"
+    )
+    compressed: float = Field(description="The same of the compressed model")
     speedup: float | None = Field(description="Median of the ratios of both, repetition by repetition")
+
+
+class Latency(Section):
+    single: Timed = Field(description="One example at a time")
+    batched: Timed = Field(description="In batches")
+    text: Times | None = Field(
+        default=None, description="Of each example alone, over all repetitions; null for single exits"
+    )
+    throughput: tuple[Throughput, ...] = Field(
+        default=(), description="In batches of examples of like length, by how many ran at once; none for single exits"
+    )
+
+
+class ExitsTaken(Section):
+    threshold: float = Field(description="Uncertainty, 0 to 1, below which a text leaves")
+    accuracy: float = Field(description="Share of labelled examples put into the right class by the exits they take")
+    low: float = Field(description="Lower end of its 95 % interval (Wilson 1927)")
+    high: float = Field(description="Upper end of it")
+    layers: float = Field(description="Mean number of layers that ran for an example")
+    latency: Latency = Field(
+        description="Timed in turns with the whole model, which stands as the original: the same one at threshold 0"
+    )
 
 
 class Resident(Section):

@@ -29,6 +29,20 @@ def speed_rows(speed: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def latency_rows(latency: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The same for a report's `evaluation.latency`."""
+    rows = []
+    if latency["text"] is not None:
+        rows.append(_times("Each example alone, ms at p50, p90, p99", latency["text"]))
+    for one in (latency["single"], latency["batched"]):
+        name = f"Time an example, {one['batch_size']} at once"
+        rows.append((name, f"{one['original_ms']:.2f} ms", f"{one['compressed_ms']:.2f} ms", _ratio(one["speedup"])))
+    for one in latency["throughput"]:
+        name = f"Examples a second, {one['batch_size']} at once"
+        rows.append((name, _whole(one["original"]), _whole(one["compressed"]), _ratio(one["speedup"])))
+    return rows
+
+
 def draft_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """The rows of a report's `evaluation.speculative`: name, without the draft, with it, and a note."""
     taken = f"{found['acceptance']:.1%} of the draft's tokens taken"

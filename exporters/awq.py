@@ -48,7 +48,7 @@ def write(request: Request) -> Written:
 
     Raises OutputError for a scale beyond float16.
     """
-    source = Source.of(request.checkpoint)
+    source = request.source
     linears = columns.packed_linears(source)
     size = columns.group_size(linears.values())
     coarse = sum(columns.fitting_scales(source, *pair, size)[1] for pair in linears.items())

@@ -51,7 +51,7 @@ def write(request: Request) -> Written:
     float16 can't hold.
     """
     checkpoint = request.checkpoint
-    source = Source.of(checkpoint)
+    source = request.source
     dtype = request.dtype or dense.own_dtype(checkpoint)
     linears = _rounded_linears(source)
     entries = list(_entries(source, linears, dtype))

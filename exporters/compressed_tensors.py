@@ -38,7 +38,7 @@ def write(request: Request) -> Written:
 
     Raises CheckpointError if there is nothing to do, and what the writer raises.
     """
-    source = Source.of(request.checkpoint)
+    source = request.source
     return _as_it_is(request, source) if request.scheme == AUTO else _eight_bits(request, source)
 
 

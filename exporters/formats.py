@@ -13,7 +13,6 @@ from torch import Tensor
 
 from modelzip.checkpoints.blocks import is_own
 from modelzip.checkpoints.errors import CheckpointError, RecipeError
-from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.export_formats import AUTO
 
 from . import awq, bnb_nf4, compressed_tensors, dense, gguf, gptq, onnx, torch_export
@@ -75,14 +74,15 @@ PACKAGES: Final = MappingProxyType({"llama_cpp": "llama-cpp-python"})
 """What a package is installed by, where that isn't what it is imported by."""
 
 
-def refusal(checkpoint: Checkpoint, format: str, *, scheme: str = AUTO) -> str | None:
+def refusal(request: Request, format: str) -> str | None:
     """Why the checkpoint can't be written so, with the formats that can hold it; from headers alone. None if it can."""
+    checkpoint = request.checkpoint
     if lacking := _lacking(FORMATS[format].writers):
-        return f"To write {format}, install {lacking}: pip install {lacking}."
+        return f"To write {format}, install {lacking}: pip install 'modelzip[export]'."
     if is_own(checkpoint) and format != "dense":
         return f"{checkpoint.source} is a student of a kind that only modelzip opens, which {format} can't hold."
-    source = Source.of(checkpoint)
-    misfit = FORMATS[format].misfit(source, scheme)
+    source = request.source
+    misfit = FORMATS[format].misfit(source, request.scheme)
     if misfit is None:
         return None
     others = [name for name in FORMATS if name != format and _holds(name, source)]
@@ -96,7 +96,7 @@ def export(request: Request, format: str) -> Written:
     """
     if format not in FORMATS:
         raise RecipeError(f"There is no format {format}: take {' or '.join(FORMATS)}.")
-    if (problem := refusal(request.checkpoint, format, scheme=request.scheme)) is not None:
+    if (problem := refusal(request, format)) is not None:
         raise CheckpointError(problem)
     return FORMATS[format].write(request)
 

@@ -79,7 +79,7 @@ def write(request: Request) -> Written:
 
     Raises OutputError for a number that F16 can't hold, and what `write_files` raises.
     """
-    source, losses = Source.of(request.checkpoint), Losses()
+    source, losses = request.source, Losses()
     tensors = list(_plan(source, request.scheme))
     most = _most(tensors) if request.scheme == AUTO else Type[request.scheme]
 

@@ -52,7 +52,7 @@ def write(request: Request) -> Written:
 
     Raises OutputError for a scale beyond float16, and for a zero point that version 1 can't hold.
     """
-    source = Source.of(request.checkpoint)
+    source = request.source
     linears = columns.packed_linears(source)
     size = columns.group_size(linears.values())
     version, notes = _version(request, source, linears)

@@ -56,7 +56,7 @@ def write(request: Request) -> Written:
 
     Raises CheckpointError for a model that torch can't trace, and what `write_files` raises.
     """
-    source, config, rounded = Source.of(request.checkpoint), plain_config(request), 0
+    source, config, rounded = request.source, plain_config(request), 0
 
     def make(folder: Path) -> None:
         nonlocal rounded

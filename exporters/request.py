@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -13,8 +14,10 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.export_formats import AUTO
 from modelzip.recipes.schema import Export
 
-WEIGHTS: Final = frozenset({".gguf", ".onnx", ".onnx_data", ".pt2"})
-"""Endings of files that hold weights and aren't safetensors."""
+from .source import Source
+
+WEIGHTS: Final = ("*.gguf", "*.onnx", "*.onnx_data*", "*.pt2")
+"""Files that hold weights and aren't safetensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,11 @@ class Request:
     dtype: torch.dtype | None = None
     overwrite: bool = False
     report: Callable[[int, int], None] = lambda done, total: None
+
+    @cached_property
+    def source(self) -> Source:
+        """The checkpoint, weight by weight. Raises CheckpointError for what modelzip doesn't know."""
+        return Source.of(self.checkpoint)
 
 
 def request_of(
@@ -56,5 +64,5 @@ class Written:
     @property
     def nbytes(self) -> int:
         """Of its weights."""
-        own = [file for file in self.path.rglob("*") if file.suffix in WEIGHTS]
+        own = [file for pattern in WEIGHTS for file in self.path.rglob(pattern)]
         return sum(file.stat().st_size for file in own) if own else Checkpoint.open(str(self.path)).nbytes

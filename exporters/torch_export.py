@@ -39,7 +39,7 @@ def write(request: Request) -> Written:
     torch.export keeps all weights in memory, those that are compressed in their compressed form. Raises what
     `write_files` raises.
     """
-    source = Source.of(request.checkpoint)
+    source = request.source
     dtype = request.dtype or request.checkpoint.dtype
     model = assembled(source, dtype)
     ids = torch.ones(2, 7, dtype=torch.int64)  # sizes of one would be taken for fixed

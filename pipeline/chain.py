@@ -113,17 +113,13 @@ def _describer(run: Run, done: list[StageDone]) -> Callable[[dict[str, Any]], by
 
 def measured(run: Run, result: Checkpoint, kept: Windows | None) -> dict[str, Any] | None:
     """What a stage's result costs in quality: its report's `evaluation`; None if it isn't measured."""
-    recipe, device, progress = run.context.recipe, run.context.device, run.context.progress
+    recipe, bench = run.context.recipe, run.context.bench
     begin = time.perf_counter()
     found, enabled = None, recipe.evaluate.enabled
     if enabled and (kind := kind_of(recipe.evaluate, result.config)) != "tokens":
-        found = examples_section(
-            kind, result, run.checkpoint, recipe.evaluate, dtype=recipe.dtype, device=device, progress=progress
-        )
+        found = examples_section(kind, result, run.checkpoint, recipe.evaluate, bench)
     elif kept is not None and run.kind == "tokens" and same_tokens(result, run.checkpoint):
-        found = windows_section(
-            result, run.checkpoint, kept, recipe.evaluate, dtype=recipe.dtype, device=device, progress=progress
-        )
+        found = windows_section(result, run.checkpoint, kept, recipe.evaluate, bench)
     run.context.clock.add("evaluate", begin)
     return found
 

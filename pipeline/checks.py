@@ -59,7 +59,9 @@ GIVEN: Final[Mapping[str, tuple[frozenset[str], str]]] = MappingProxyType(
 """What is measured on each kind of data, and what to do about a condition on something else."""
 
 
-TIMED: Final[Mapping[str, Kind]] = MappingProxyType({"latency": "classification", "speed": "tokens"})
+TIMED: Final[Mapping[str, frozenset[Kind]]] = MappingProxyType(
+    {"latency": frozenset({"classification", "similarity"}), "speed": frozenset({"tokens"})}
+)
 """Parts of the report's evaluation that hold times, and what they are taken on."""
 
 
@@ -77,9 +79,12 @@ def check_measures(
                 continue
             part = section[1] if len(section) > 1 else ""
             if part == "speculative" and not drafted:
-                raise RecipeError(f'The condition "{gate.text}" needs a draft: name one by evaluate --draft.')
-            if part in TIMED and not (latency and kind == TIMED[part]):
-                what = "classifiers" if part == "latency" else "models that write text"
+                raise RecipeError(
+                    f'The condition "{gate.text}" needs a draft: name one by evaluate --draft, or set '
+                    "evaluate.as_draft: true in a recipe."
+                )
+            if part in TIMED and not (latency and kind in TIMED[part]):
+                what = "classifiers and sentence encoders" if part == "latency" else "models that write text"
                 raise RecipeError(
                     f'The condition "{gate.text}" needs times, which are taken with evaluate.latency: true (--latency) '
                     f"for {what}."

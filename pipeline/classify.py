@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,19 +12,17 @@ from modelzip.checkpoints.errors import CheckpointError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.evaluation.agreement import divergence_figures
 from modelzip.evaluation.classification import classified
-from modelzip.evaluation.latency import interleaved
 from modelzip.evaluation.scores import class_scores, number_scores
 from modelzip.recipes.schema import Evaluation
 from modelzip.weights.exits import ExitsConfig
 
+from .bench import Bench
 from .called import Called
 from .data_kind import Counted, columns_of, is_classifier
 from .early_exits import exits_section
-from .feeding import Fed, class_logits, feed, open_classifier, outputs
+from .feeding import class_logits, feed, open_classifier
 from .labelled import Examples, read_examples
-from .latency import TIMED, timed
-from .opened import open_by_transformers
-from .progress import Progress
+from .latency import latency_section
 
 
 def check_classification(
@@ -49,37 +47,30 @@ def classification_section(
     compressed: Checkpoint,
     original: Checkpoint | None,
     evaluation: Evaluation,
-    *,
-    dtype: str,
-    device: torch.device,
-    progress: Progress,
+    bench: Bench,
 ) -> dict[str, Any]:
-    """The report's `evaluation` for classifiers. Runs in fp32 unless told. Gradients must be off.
+    """The report's `evaluation` for classifiers. Gradients must be off.
 
     An `original` that has no classes (a stage may have given the model its head) isn't compared with.
     """
-    number = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     if original is not None and not is_classifier(original.config):
         original = None
     _check_original(evaluation, compressed, original)
     names = class_names(compressed)
     assert evaluation.data is not None
     examples = read_examples(evaluation.data, names=names, count=evaluation.examples, **columns_of(evaluation))
-    size = evaluation.batch_size
+    taken = {"seq_len": evaluation.seq_len, "batch_size": evaluation.batch_size}
     sources = [compressed] if original is None else [compressed, original]
-    fed = [
-        feed(one, open_classifier(one, number, device), examples, seq_len=evaluation.seq_len, batch_size=size)
-        for one in sources
-    ]
-    report = Counted(progress, len(examples) * len(sources))
+    fed = [feed(one, open_classifier(one, bench.exact, bench.device), examples, **taken) for one in sources]
+    report = Counted(bench.progress, len(examples) * len(sources))
     logits = [class_logits(one, report) for one in fed]
     if original is not None and names:
         logits[1] = logits[1][:, _same_order(class_names(original), names, original, compressed)]
     figures = figures_of(logits[1] if original is not None else None, logits[0], examples)
     if evaluation.latency and original is not None:
-        figures["latency"] = latency_section(compressed, original, examples, evaluation, dtype=number, device=device)
+        figures["latency"] = latency_section(compressed, original, examples, evaluation, bench)
     if evaluation.exit_threshold and compressed.config.get("model_type") == ExitsConfig.model_type:
-        figures["exits"] = exits_section(compressed, examples, evaluation, dtype=number, device=device)
+        figures["exits"] = exits_section(compressed, examples, evaluation, bench)
     return {
         "protocol": {
             "source": examples.source,
@@ -87,7 +78,7 @@ def classification_section(
             "examples": len(examples),
             "cut": max(one.cut for one in fed),
             "seq_len": min(one.length for one in fed),
-            "dtype": str(number).removeprefix("torch."),
+            "dtype": str(bench.exact).removeprefix("torch."),
         },
         "perplexity": {"original": None, "compressed": None},
         **figures,
@@ -127,35 +118,3 @@ def _same_order(names: Sequence[str], wanted: Sequence[str], model: Checkpoint, 
     if places.keys() != {name.casefold() for name in wanted}:
         return list(range(len(names)))
     return [places[name.casefold()] for name in wanted]
-
-
-def latency_section(
-    compressed: Checkpoint,
-    original: Checkpoint,
-    examples: Examples,
-    evaluation: Evaluation,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Times of both models, opened whole, over the first examples: one by one, and in batches."""
-    first = examples.split(TIMED)[0]
-    pairs = [
-        (checkpoint, open_by_transformers(checkpoint, device, dtype=dtype)) for checkpoint in (original, compressed)
-    ]
-    found = {}
-    for name, size in (("single", 1), ("batched", evaluation.batch_size)):
-        fed = [feed(*pair, first, seq_len=evaluation.seq_len, batch_size=size) for pair in pairs]
-        times = interleaved(*(_work(one, device) for one in fed))
-        found[name] = timed(times, batch_size=size, count=len(first))
-    return found
-
-
-def _work(fed: Fed, device: torch.device) -> Callable[[], None]:
-    def run() -> None:
-        for _ in outputs(fed):
-            pass
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize(device)
-
-    return run

@@ -13,6 +13,7 @@ import torch
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.schema import Recipe
 
+from .bench import Bench
 from .clock import Clock
 from .data_kind import Kind, kind_of
 from .progress import Progress
@@ -30,6 +31,10 @@ class Context:
     fingerprint: str
     clock: Clock
     progress: Progress
+
+    @property
+    def bench(self) -> Bench:
+        return Bench(self.recipe.dtype, self.device, self.progress)
 
 
 @dataclass(frozen=True)

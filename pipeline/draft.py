@@ -15,11 +15,11 @@ from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.schema import Evaluation
 
+from .bench import Bench
 from .calibrate import longest
 from .clock import device_clock
 from .data_kind import writes
 from .opened import open_by_transformers
-from .progress import Progress
 from .speed import check_room
 from .tokens import same_tokens, vocabulary_size
 
@@ -58,17 +58,17 @@ class Found:
     guesses: Passes = field(default_factory=Passes)
 
 
-def check_draft(model: Checkpoint, draft: Checkpoint, evaluation: Evaluation) -> None:
-    """Raise RecipeError if the draft can't write ahead for the model."""
+def check_draft(model: Checkpoint, draft: Checkpoint, evaluation: Evaluation, *, said: str) -> None:
+    """Raise RecipeError if the draft can't write ahead for the model. said: how the user asked for it."""
     for one in (model, draft):
         if not writes(one.config):
             named = ", ".join(one.config.get("architectures") or ()) or "of no named architecture"
-            raise RecipeError(f"--draft: {one.source} is {named}, which writes no text: name two that do.")
+            raise RecipeError(f"{said}: {one.source} is {named}, which writes no text: name two that do.")
         check_room(one, evaluation)
     if not same_tokens(model, draft):
         sizes = [vocabulary_size(one.config) for one in (draft, model)]
         raise RecipeError(
-            f"--draft: {draft.source} has {sizes[0]} tokens and {model.source} has {sizes[1]}: name a draft that was "
+            f"{said}: {draft.source} has {sizes[0]} tokens and {model.source} has {sizes[1]}: name a draft that was "
             "made from it."
         )
 
@@ -78,25 +78,22 @@ def draft_section(
     draft: Checkpoint,
     windows: Tensor,
     evaluation: Evaluation,
-    *,
-    dtype: str,
-    device: torch.device,
-    progress: Progress,
+    bench: Bench,
 ) -> dict[str, Any]:
     """The report's `speculative`: greedy writing with and without the draft, in turns. Gradients must be off.
 
     Leviathan et al. 2022, "Fast Inference from Transformers via Speculative Decoding", by transformers' own assisted
     generation, with as many guesses at a time as its defaults say.
     """
-    target, helper = (open_by_transformers(one, device, dtype=dtype) for one in (model, draft))
+    target, helper = (open_by_transformers(one, bench.device, dtype=bench.dtype) for one in (model, draft))
     room = min(longest(one) for one in (target, helper)) - evaluation.new_tokens
-    prompts = windows[:, : min(windows.shape[1], room)].to(device)
-    found, clock = Found(), device_clock(device)
+    prompts = windows[:, : min(windows.shape[1], room)].to(bench.device)
+    found, clock = Found(), device_clock(bench.device)
     for number in range(PROMPTS + 1):
-        progress.step("write", number, PROMPTS + 1, "with and without the draft")
+        bench.progress.step("write", number, PROMPTS + 1, "with and without the draft")
         prompt = prompts[number % len(prompts)].unsqueeze(0)
         _one_text(target, helper, prompt, evaluation.new_tokens, found, clock, counts=number > 0, first=number % 2)
-    progress.step("write", PROMPTS + 1, PROMPTS + 1)
+    bench.progress.step("write", PROMPTS + 1, PROMPTS + 1)
     return {
         "draft": draft.source,
         "texts": PROMPTS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.evaluation.classification import wilson
-from modelzip.evaluation.latency import interleaved
+from modelzip.evaluation.latency import Work, interleaved
 from modelzip.recipes.schema import Evaluation
 from modelzip.weights.departures import exits_taken
 from modelzip.weights.exits import ExitsConfig
 
+from .bench import Bench
+from .clock import device_clock
 from .feeding import Fed, feed
 from .labelled import Examples
 from .latency import TIMED, timed
@@ -44,16 +46,14 @@ def exits_section(
     checkpoint: Checkpoint,
     examples: Examples,
     evaluation: Evaluation,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
+    bench: Bench,
 ) -> list[dict[str, Any]]:
     """The report's `exits`: a row for each threshold, in the order asked for. Gradients must be off.
 
     One pass says which exit every example would take at any threshold; times are taken by running just the layers that
     are needed, in turns with the whole model, which is the same one at threshold 0.
     """
-    model = open_by_transformers(checkpoint, device, dtype=dtype)
+    model = open_by_transformers(checkpoint, bench.device, dtype=bench.exact)
     fed = feed(checkpoint, model, examples, seq_len=evaluation.seq_len, batch_size=evaluation.batch_size)
     every, labels = _every_exit(fed), torch.tensor(examples.labels)
     first = examples.split(TIMED)[0]
@@ -62,6 +62,7 @@ def exits_section(
         name: feed(checkpoint, model, first, seq_len=evaluation.seq_len, batch_size=size)
         for name, size in sizes.items()
     }
+    clock = device_clock(bench.device)
     rows = []
     for threshold in evaluation.exit_threshold:
         logits, layers = exits_taken(list(every), threshold)
@@ -69,7 +70,7 @@ def exits_section(
         low, high = wilson(right, len(labels))
         times = {
             name: timed(
-                interleaved(_at(one, 0.0, device), _at(one, threshold, device)),
+                interleaved(_at(one, 0.0), _at(one, threshold), clock=clock),
                 batch_size=sizes[name],
                 count=len(first),
             )
@@ -98,11 +99,10 @@ def _every_exit(fed: Fed) -> Tensor:
     return torch.cat(found, 1)[:, order]
 
 
-def _at(fed: Fed, threshold: float, device: torch.device) -> Callable[[], None]:
-    def run() -> None:
+def _at(fed: Fed, threshold: float) -> Work:
+    def run() -> Iterator[Any]:
         for batch in fed.batches:
-            fed.model(**{name: value.to(device) for name, value in batch.inputs.items()}, speed=threshold)
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize(device)
+            inputs = {name: value.to(fed.model.device) for name, value in batch.inputs.items()}
+            yield fed.model(**inputs, speed=threshold)
 
     return run

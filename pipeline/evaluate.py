@@ -15,6 +15,7 @@ from modelzip.evaluation.gates import Gate, parse_gates, require_measured
 from modelzip.evaluation.report import report_json, validate
 from modelzip.recipes.schema import Evaluation
 
+from .bench import Bench
 from .calibrate import evaluation_windows, shortened, window_limit
 from .called import EVALUATE
 from .checks import check_alone, check_classes, check_comparable, check_kernels, check_measures, check_predicts
@@ -56,24 +57,21 @@ def evaluate_models(
     checkpoint = Checkpoint.open(model, revision=revision if against is None else None)
     original = None if against is None else Checkpoint.open(against, revision=revision)
     evaluation = shortened(evaluation, window_limit(checkpoint))
-    check_evaluation(evaluation, [checkpoint], original, called=EVALUATE)
+    check_evaluation(evaluation, [checkpoint], original, called=EVALUATE, drafts=draft is not None)
     kind = kind_of(evaluation, checkpoint.config)
     check_exits(evaluation, checkpoint.config, labelled=kind == "classification")
     check_measures(gates, checkpoint, kind, latency=evaluation.latency, drafted=draft is not None)
     helper = None if draft is None else Checkpoint.open(draft)
     if helper is not None:
-        check_draft(checkpoint, helper, evaluation)
+        check_draft(checkpoint, helper, evaluation, said="--draft")
+    bench = Bench(dtype, where, progress)
     with torch.no_grad():
         if kind == "tokens":
-            section = _on_windows(
-                checkpoint, original, helper, gates, evaluation, dtype=dtype, device=where, progress=progress
-            )
+            section = _on_windows(checkpoint, original, helper, gates, evaluation, bench)
         else:
             if kind == "classification":
                 check_classes(checkpoint, original)
-            section = examples_section(
-                kind, checkpoint, original, evaluation, dtype=dtype, device=where, progress=progress
-            )
+            section = examples_section(kind, checkpoint, original, evaluation, bench)
     report = {
         "modelzip": package_version("modelzip"),
         "command": "evaluate",
@@ -95,23 +93,19 @@ def _on_windows(
     draft: Checkpoint | None,
     gates: Sequence[Gate],
     evaluation: Evaluation,
-    *,
-    dtype: str,
-    device: torch.device,
-    progress: Progress,
+    bench: Bench,
 ) -> dict[str, Any]:
     """The report's `evaluation` on windows of a text."""
     if original is not None:
         check_comparable(checkpoint, original)
-    network = open_running(checkpoint, dtype, device).model
+    network = open_running(checkpoint, bench.dtype, bench.device).model
     check_predicts(gates, network, checkpoint)
     if original is None:
         check_alone(network, checkpoint)
     windows = evaluation_windows(evaluation, checkpoint, network, called=EVALUATE)
-    machine: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress}
-    section = windows_section(checkpoint, original, windows, evaluation, **machine)
-    section["tasks"] = task_rows(checkpoint, original, evaluation, **machine)
-    section["samples"] = sample_texts(checkpoint, original, windows.tokens, evaluation, **machine)
+    section = windows_section(checkpoint, original, windows, evaluation, bench)
+    section["tasks"] = task_rows(checkpoint, original, evaluation, bench)
+    section["samples"] = sample_texts(checkpoint, original, windows.tokens, evaluation, bench)
     if draft is not None:
-        section["speculative"] = draft_section(checkpoint, draft, windows.tokens, evaluation, **machine)
+        section["speculative"] = draft_section(checkpoint, draft, windows.tokens, evaluation, bench)
     return section

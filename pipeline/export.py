@@ -25,8 +25,8 @@ def check_exports(
 
     planned: the headers that the last stage will leave.
     """
-    needed = [one for one in recipe.export if not _needless(one, planned)]
-    refusals = (refusal(planned, one.format, scheme=one.scheme) for one in needed)
+    needed = [(one, _folder(one, output)) for one in recipe.export if not _needless(one, planned)]
+    refusals = (refusal(request_of(one, planned, folder, overwrite=overwrite), one.format) for one, folder in needed)
     if problems := [f"export: {refusal}" for refusal in refusals if refusal is not None]:
         raise ProblemsError(problems)
     folders = [_folder(one, output) for one in recipe.export]

@@ -20,10 +20,10 @@ from modelzip.evaluation.masked import Hidden, hide, pseudo_perplexity
 from modelzip.evaluation.outputs import answer, main_output
 from modelzip.weights.layouts import MODELZIP
 
+from .bench import Bench
 from .calibrate import forward_inputs, has_tokenizer, is_causal, is_masked, longest, tokenizer_of
 from .data_kind import Counted
 from .opened import WholeModel
-from .progress import Progress
 from .text import Windows
 from .verify import verify
 
@@ -119,19 +119,16 @@ def evaluation_section(
     compressed: Checkpoint,
     original: Checkpoint | None,
     windows: Windows,
+    bench: Bench,
     *,
     masked: int,
-    dtype: str,
-    device: torch.device,
-    progress: Progress,
 ) -> dict[str, Any]:
-    """The report's `evaluation`: figures and the protocol under which they were taken. Runs in fp32 unless told.
+    """The report's `evaluation`: figures and the protocol under which they were taken.
 
     masked: tokens that a masked language model is asked for.
     """
-    number = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    model = running_model(compressed, number, device)
-    other = None if original is None else running_model(original, number, device)
+    model = running_model(compressed, bench.exact, bench.device)
+    other = None if original is None else running_model(original, bench.exact, bench.device)
     causal = is_causal(model.model)
     figures = measure(
         model,
@@ -139,14 +136,14 @@ def evaluation_section(
         windows.tokens,
         inputs=forward_inputs(model.model),
         causal=causal,
-        report=lambda done, total: progress.step("evaluate", done, total),
+        report=lambda done, total: bench.progress.step("evaluate", done, total),
     )
     count, seq_len = windows.tokens.shape
     tokens = figures.pop("tokens")
     models = (model,) if other is None else (model, other)
     hidden = hidden_tokens(compressed, model.model, windows, count=masked)
     if hidden is not None:
-        counted = Counted(progress, len(models) * len(hidden.texts))
+        counted = Counted(bench.progress, len(models) * len(hidden.texts))
         asked = partial(pseudo_perplexity, hidden=hidden, inputs=forward_inputs(model.model), report=counted)
         found = [asked(one) for one in models]
         figures["pseudo_perplexity"] = {"original": None if other is None else found[1], "compressed": found[0]}
@@ -158,7 +155,7 @@ def evaluation_section(
             "seq_len": seq_len,
             "stride": seq_len,
             "bos": False,
-            "dtype": str(number).removeprefix("torch."),
+            "dtype": str(bench.exact).removeprefix("torch."),
             "tokens": tokens,
             "masked": None if hidden is None else len(hidden.texts),
         },

@@ -35,6 +35,7 @@ from .checks import (
 from .clock import Clock
 from .context import Context, Run
 from .data_kind import kind_of
+from .draft import check_draft, draft_section
 from .early_exits import check_exits
 from .environment import environment, package_version, peak_memory_mb
 from .export import check_exports, export_all
@@ -100,7 +101,7 @@ def run_recipe(
     check_exports(recipe, plans[-1].result, output, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
     run = Run(context, checkpoint, plans, output, started)
     model = open_running(checkpoint, recipe.dtype, device).model
-    check_measures(gates, plans[-1].result, run.kind, latency=recipe.evaluate.latency)
+    check_measures(gates, plans[-1].result, run.kind, latency=recipe.evaluate.latency, drafted=recipe.evaluate.as_draft)
     check_predicts(gates, model, checkpoint)
     check_comparison(gates, run)
     if not ranks.is_main():
@@ -209,13 +210,15 @@ def _measured(run: Run, done: list[StageDone], calibration: Windows | None, kept
 
 
 def _of_whole_models(run: Run, result: Checkpoint, kept: Windows) -> dict[str, Any]:
-    """What both models do whole, opened by transformers: tasks, and texts where their tokens are the same."""
+    """What both models do whole, opened by transformers: tasks, texts where their tokens are the same, and writing
+    with the result as the original's draft."""
     context, begin = run.context, time.perf_counter()
-    machine: dict[str, Any] = {"dtype": context.recipe.dtype, "device": context.device, "progress": context.progress}
-    settings = context.recipe.evaluate
-    found: dict[str, Any] = {"tasks": task_rows(result, run.checkpoint, settings, **machine)}
+    settings, bench = context.recipe.evaluate, context.bench
+    found: dict[str, Any] = {"tasks": task_rows(result, run.checkpoint, settings, bench)}
     if run.kind == "tokens" and same_tokens(result, run.checkpoint):
-        found["samples"] = sample_texts(result, run.checkpoint, kept.tokens, settings, **machine)
+        found["samples"] = sample_texts(result, run.checkpoint, kept.tokens, settings, bench)
+    if settings.as_draft:
+        found["speculative"] = draft_section(run.checkpoint, result, kept.tokens, settings, bench)
     context.clock.add("samples", begin)
     return found
 
@@ -246,7 +249,10 @@ def _plans(recipe: Recipe, checkpoint: Checkpoint, *, output: Path) -> list[Plan
     _check_calibration(recipe)
     if recipe.evaluate.enabled:
         results = [plan.result for plan in (plans if recipe.evaluate.each_stage else plans[-1:])]
-        check_evaluation(recipe.evaluate, results, checkpoint, called=EVALUATION)
+        drafts = recipe.evaluate.as_draft
+        check_evaluation(recipe.evaluate, results, checkpoint, called=EVALUATION, drafts=drafts)
+        if drafts:
+            check_draft(checkpoint, results[-1], recipe.evaluate, said="evaluate.as_draft")
         config = plans[-1].result.config
         check_exits(recipe.evaluate, config, labelled=kind_of(recipe.evaluate, config) == "classification")
     return plans

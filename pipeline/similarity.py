@@ -16,12 +16,13 @@ from modelzip.evaluation.agreement import divergence_figures
 from modelzip.evaluation.embeddings import POOLINGS, compared
 from modelzip.recipes.schema import Evaluation
 
+from .bench import Bench
 from .called import EVALUATE, Called
 from .data_kind import Counted, columns_of
 from .feeding import Fed, feed, outputs
 from .labelled import Examples, read_texts
+from .latency import latency_section
 from .measure import streamed_model
-from .progress import Progress
 
 
 def check_similarity(
@@ -29,6 +30,8 @@ def check_similarity(
 ) -> None:
     """Raise an error if nothing could be said of sentence embeddings, before any work is done."""
     examples = _read(evaluation, called=called)
+    if original is None and evaluation.latency:
+        raise RecipeError("evaluate.latency compares two sentence encoders: name an original with --against.")
     if original is None and not examples.labels:
         raise RecipeError(
             f"{examples.source} has no pairs of texts with scores, so embeddings can only be compared with those of an "
@@ -41,13 +44,9 @@ def similarity_section(
     compressed: Checkpoint,
     original: Checkpoint | None,
     evaluation: Evaluation,
-    *,
-    dtype: str,
-    device: torch.device,
-    progress: Progress,
+    bench: Bench,
 ) -> dict[str, Any]:
-    """The report's `evaluation` for sentence encoders. Runs in fp32 unless told. Gradients must be off."""
-    number = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    """The report's `evaluation` for sentence encoders. Gradients must be off."""
     examples = _read(evaluation, called=EVALUATE)
     if evaluation.examples is not None:
         examples = examples.split(evaluation.examples)[0]
@@ -55,14 +54,16 @@ def similarity_section(
     texts = replace(examples, texts=(*examples.texts, *(examples.pairs or ())), pairs=None, labels=())
     sources = [compressed] if original is None else [compressed, original]
     fed = [
-        feed(one, streamed_model(one, number, device), texts, seq_len=evaluation.seq_len, batch_size=size)
+        feed(one, streamed_model(one, bench.exact, bench.device), texts, seq_len=evaluation.seq_len, batch_size=size)
         for one in sources
     ]
-    report = Counted(progress, len(texts) * len(sources))
+    report = Counted(bench.progress, len(texts) * len(sources))
     pooling = pooling_of(compressed)
     embedded = [embeddings(one, pooling, report) for one in fed]
     scores = torch.tensor(examples.labels) if examples.labels else None
     figures = compared(embedded[1] if original is not None else None, embedded[0], scores, paired=paired)
+    if evaluation.latency and original is not None:
+        figures["latency"] = latency_section(compressed, original, texts, evaluation, bench)
     return {
         "protocol": {
             "source": examples.source,
@@ -70,7 +71,7 @@ def similarity_section(
             "examples": len(examples),
             "cut": max(one.cut for one in fed),
             "seq_len": min(one.length for one in fed),
-            "dtype": str(number).removeprefix("torch."),
+            "dtype": str(bench.exact).removeprefix("torch."),
             "pooling": pooling,
         },
         "perplexity": {"original": None, "compressed": None},

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +17,11 @@ from modelzip.checkpoints.skeleton import skeleton
 from modelzip.evaluation.energy import meter
 from modelzip.recipes.schema import Evaluation
 
+from .bench import Bench
 from .calibrate import longest
 from .clock import device_clock
+from .latency import spread
 from .opened import open_by_transformers
-from .progress import Progress
 from .resident import resident
 
 REPETITIONS: Final = 5
@@ -55,31 +55,28 @@ def speed_section(
     original: Checkpoint | None,
     windows: Tensor,
     evaluation: Evaluation,
-    *,
-    dtype: str,
-    device: torch.device,
-    progress: Progress,
+    bench: Bench,
 ) -> dict[str, Any]:
     """The report's `speed`. windows: int64 [any, seq_len], whose beginnings are the prompts. Gradients must be off."""
     sources = [compressed] if original is None else [original, compressed]
-    sides = [Timed(open_by_transformers(one, device, dtype=dtype)) for one in sources]
+    sides = [Timed(open_by_transformers(one, bench.device, dtype=bench.dtype)) for one in sources]
     length = min(windows.shape[1], *(longest(side.model) - evaluation.new_tokens for side in sides))
-    prompts = windows[:, :length].to(device)
-    joules = meter(device.type)
+    prompts = windows[:, :length].to(bench.device)
+    joules, clock = meter(bench.device.type), device_clock(bench.device)
     for repetition in range(REPETITIONS + 1):
-        progress.step("time", repetition, REPETITIONS + 1, "reading and writing")
+        bench.progress.step("time", repetition, REPETITIONS + 1, "reading and writing")
         prompt = prompts[repetition % len(prompts)].unsqueeze(0)
         for side in _in_turn(sides, repetition):
             before = None if joules is None else joules()
-            prefill, tokens = written(side.model, prompt, evaluation.new_tokens, device_clock(device))
+            prefill, tokens = written(side.model, prompt, evaluation.new_tokens, clock)
             if repetition:  # the first one warms up
                 side.prefill.append(prefill)
                 side.tokens.append(tokens)
                 if joules is not None and before is not None:
                     side.joules = (side.joules or 0.0) + joules() - before
     for size in evaluation.batch_sizes:
-        _time_batches(sides, prompts, size, device_clock(device))
-    progress.step("time", REPETITIONS + 1, REPETITIONS + 1)
+        _time_batches(sides, prompts, size, clock)
+    bench.progress.step("time", REPETITIONS + 1, REPETITIONS + 1)
     count = REPETITIONS * evaluation.new_tokens
     return {
         "prompt_tokens": length,
@@ -88,7 +85,7 @@ def speed_section(
         "prefill": _times([[[one] for one in side.prefill] for side in sides]),
         "token": _times([side.tokens for side in sides]),
         "throughput": [_throughput(sides, size, length) for size in evaluation.batch_sizes],
-        "memory": _memory(sources, tokens=length, dtype=dtype),
+        "memory": _memory(sources, tokens=length, dtype=bench.dtype),
         "energy": _paired([None if side.joules is None else side.joules / count for side in sides], "joules"),
     }
 
@@ -127,18 +124,13 @@ def _in_turn(sides: Sequence[Timed], repetition: int) -> Sequence[Timed]:
 
 def _times(sides: list[list[list[float]]]) -> dict[str, Any]:
     """Percentiles over all of each side's times, and how many times faster the last side is than the first."""
-    found = [_spread([seconds for repetition in side for seconds in repetition]) for side in sides]
+    found = [spread([seconds for repetition in side for seconds in repetition]) for side in sides]
     ratios = [median(one) / median(other) for one, other in zip(sides[0], sides[-1], strict=True)]
     return {
         "original": found[0] if len(sides) > 1 else None,
         "compressed": found[-1],
         "speedup": median(ratios) if len(sides) > 1 else None,
     }
-
-
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
-    p50, p90, p99 = 1e3 * np.quantile(seconds, (0.5, 0.9, 0.99))
-    return {"p50_ms": float(p50), "p90_ms": float(p90), "p99_ms": float(p99)}
 
 
 def _throughput(sides: Sequence[Timed], size: int, length: int) -> dict[str, Any]:

@@ -9,17 +9,15 @@ from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 
-import torch
-
 from modelzip.checkpoints.errors import CalibrationError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.problems import suggestion
 from modelzip.recipes.schema import Evaluation
 
+from .bench import Bench
 from .calibrate import tokenizer_of
 from .data_kind import writes
 from .opened import open_by_transformers
-from .progress import Progress
 
 
 def check_tasks(evaluation: Evaluation, checkpoint: Checkpoint) -> None:
@@ -53,10 +51,7 @@ def task_rows(
     compressed: Checkpoint,
     original: Checkpoint | None,
     evaluation: Evaluation,
-    *,
-    dtype: str,
-    device: torch.device,
-    progress: Progress,
+    bench: Bench,
 ) -> list[dict[str, Any]]:
     """The report's `tasks`: a row for each metric of each task. One model is in memory at a time."""
     if not evaluation.tasks:
@@ -64,9 +59,9 @@ def task_rows(
     sources = [compressed] if original is None else [compressed, original]
     found: list[Mapping[str, Any]] = []
     for number, source in enumerate(sources):
-        progress.step("tasks", number, len(sources), ", ".join(evaluation.tasks))
-        found.append(_asked(source, evaluation, dtype=dtype, device=device))
-    progress.step("tasks", len(sources), len(sources))
+        bench.progress.step("tasks", number, len(sources), ", ".join(evaluation.tasks))
+        found.append(_asked(source, evaluation, bench))
+    bench.progress.step("tasks", len(sources), len(sources))
     mine, theirs = found[0], found[1] if len(found) > 1 else None
     return [
         {
@@ -86,12 +81,12 @@ def task_rows(
     ]
 
 
-def _asked(source: Checkpoint, evaluation: Evaluation, *, dtype: str, device: torch.device) -> Mapping[str, Any]:
+def _asked(source: Checkpoint, evaluation: Evaluation, bench: Bench) -> Mapping[str, Any]:
     """What the harness finds of one model."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model, tokenizer = open_by_transformers(source, device, dtype=dtype), tokenizer_of(source)
+    model, tokenizer = open_by_transformers(source, bench.device, dtype=bench.dtype), tokenizer_of(source)
     config = model.config.get_text_config()
     starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id, config.eos_token_id, 0)
     start = next(token for token in starts if isinstance(token, int))  # before a text of no tokens

@@ -92,8 +92,8 @@ class Evaluation(BaseModel):
     batch_size: int = Field(default=32, ge=1, description="Labelled examples that run through a model at once.")
     latency: bool = Field(
         default=False,
-        description="Time both models in turns too: classifiers one text at a time and in batches, models that write "
-        "text as they read and write.",
+        description="Time both models in turns too: classifiers and sentence encoders one text at a time and in "
+        "batches, models that write text as they read and write.",
     )
     tasks: tuple[str, ...] = Field(
         default=(),
@@ -110,8 +110,12 @@ class Evaluation(BaseModel):
     )
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(1, 4, 16),
-        description="Texts at once for which the tokens read a second are timed.",
+        description="Texts at once for which what is read a second is timed, with latency.",
         json_schema_extra={"allowed": "a list of whole numbers above 0"},
+    )
+    as_draft: bool = Field(
+        default=False,
+        description="Also let the result write ahead for the original, as speculative decoding does, and time that.",
     )
     exit_threshold: tuple[Share, ...] = Field(
         default=(),

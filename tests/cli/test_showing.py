@@ -133,10 +133,13 @@ def test_the_metrics_that_the_table_shows_are_those_of_the_gates():
 
 def test_what_is_larger_or_slower_is_called_so(pipeline, capsys):
     timed = {"batch_size": 1, "original_ms": 1.0, "compressed_ms": 2.0, "speedup": 0.5}
-    row = {"threshold": 0.1, "accuracy": 0.9, "low": 0.8, "high": 0.95, "layers": 1.5, "latency": {"single": timed}}
-    pipeline.report = {"evaluation": {"latency": {"single": timed}, "exits": [row]}}
+    row = {"threshold": 0.1, "accuracy": 0.9, "low": 0.8, "high": 0.95, "layers": 1.5}
+    times = {"single": timed, "batched": timed, "text": None, "throughput": []}
+    pipeline.report = {"evaluation": {"latency": times, "exits": [{**row, "latency": times}]}}
     assert answer(["quantize", "m"]) == 0
-    assert capsys.readouterr().out.count("2.00 (2.00 times slower)") == 2
+    told = capsys.readouterr().out
+    assert told.count("2.00 (2.00 times slower)") == 2  # of the exits
+    assert told.count("2.00 ms (2.00 × slower)") == 2
     pipeline.plan = replace(pipeline.plan, bytes_before=46_000_000)
     assert answer(["quantize", "m", "--dry-run"]) == 0
     assert "46.0 MB → 92.0 MB, 2.00 times larger" in capsys.readouterr().out

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from modelzip.checkpoints.index import Checkpoint
+from modelzip.exporters.source import Source
 from modelzip.pipeline import run
 from modelzip.pipeline.run import run_recipe
 from modelzip.recipes.load import parse_recipe
+from modelzip.weights import Affine
 
 
 class Silent:
@@ -59,3 +64,32 @@ def wide(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         return made[family, dtype]
 
     return of
+
+
+@pytest.fixture(scope="session")
+def tensors_of() -> Callable[[Path], dict[str, Tensor]]:
+    """tensors_of(folder) -> all that a checkpoint holds, by name."""
+
+    def read(folder: Path) -> dict[str, Tensor]:
+        checkpoint = Checkpoint.open(str(folder))
+        return checkpoint.read(checkpoint.tensors)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def config_of() -> Callable[[Path], dict[str, Any]]:
+    """config_of(folder) -> its quantization_config."""
+    return lambda folder: json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+
+
+@pytest.fixture(scope="session")
+def affine_of() -> Callable[[Path], dict[str, Affine]]:
+    """affine_of(folder) -> every weight that a modelzip checkpoint holds as integers, by module."""
+
+    def read(folder: Path) -> dict[str, Affine]:
+        source = Source.of(Checkpoint.open(str(folder)))
+        found = {name: source.weight(name) for name in source.matrices()}
+        return {name: weight for name, weight in found.items() if isinstance(weight, Affine)}
+
+    return read

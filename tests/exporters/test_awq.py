@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ from modelzip.exporters import awq
 from modelzip.exporters.formats import FORMATS, export
 from modelzip.exporters.plain import answer_by_transformers
 from modelzip.exporters.request import Request, Written
-from modelzip.exporters.source import Source
 from modelzip.pipeline.exported import check_export
-from modelzip.weights import Affine
 
 TOKENS = {"input_ids": torch.arange(3, 43).reshape(1, 40)}
 HALF = torch.float16
@@ -40,23 +37,6 @@ def exported(source: Path, output: Path, **asked: Any) -> Written:
     return export(Request(Checkpoint.open(str(source)), output, **asked), "awq")
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    checkpoint = Checkpoint.open(str(folder))
-    return checkpoint.read(checkpoint.tensors)
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    return config
-
-
-def affine_of(folder: Path) -> dict[str, Affine]:
-    """Every weight that a modelzip checkpoint holds as integers, by module."""
-    source = Source.of(Checkpoint.open(str(folder)))
-    found = {name: source.weight(name) for name in source.matrices()}
-    return {name: weight for name, weight in found.items() if isinstance(weight, Affine)}
-
-
 def eights(words: Tensor) -> Tensor:
     """int32 [rows, words] to codes [rows, 8 * words]."""
     return ((words.unsqueeze(-1) >> torch.tensor(SHIFTS)) & 15).reshape(len(words), -1)
@@ -64,7 +44,7 @@ def eights(words: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_the_words_stand_for_the_very_weights_of_the_model(
-    grid: dict[str, Any], wide: Any, compressed: Any, tmp_path: Path
+    tensors_of: Any, config_of: Any, affine_of: Any, grid: dict[str, Any], wide: Any, compressed: Any, tmp_path: Path
 ) -> None:
     small = compressed("llama", wide("llama"), **grid)
     written = exported(small, tmp_path / "out")
@@ -90,7 +70,7 @@ def test_the_words_stand_for_the_very_weights_of_the_model(
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_gptqmodel_unpacks_the_very_weights_of_the_model(
-    grid: dict[str, Any], wide: Any, compressed: Any, tmp_path: Path
+    affine_of: Any, grid: dict[str, Any], wide: Any, compressed: Any, tmp_path: Path
 ) -> None:
     pytest.importorskip("gptqmodel")
     from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
@@ -139,7 +119,7 @@ def test_the_proof_of_an_export_is_gptqmodels_answer(
     assert difference < FORMATS["awq"].precision  # measured: 2.3e-3 of fp32, 1.1e-2 of bf16
 
 
-def test_linears_left_dense_open_dense(models: Any, compressed: Any, tmp_path: Path) -> None:
+def test_linears_left_dense_open_dense(config_of: Any, models: Any, compressed: Any, tmp_path: Path) -> None:
     source = models.saved("llama", tmp_path / "source", dtype=HALF)
     small = compressed("llama", source, **SYMMETRIC, rules=[{"match": "model.layers.1.*", "skip": True}])
     folder = exported(small, tmp_path / "out").path
@@ -151,7 +131,9 @@ def test_linears_left_dense_open_dense(models: Any, compressed: Any, tmp_path: P
     assert (found - wanted).abs().max() / wanted.abs().max() < 5e-3  # measured: 2.3e-3
 
 
-def test_side_files_config_and_other_tensors_are_the_models_own(compressed: Any, tmp_path: Path) -> None:
+def test_side_files_config_and_other_tensors_are_the_models_own(
+    tensors_of: Any, compressed: Any, tmp_path: Path
+) -> None:
     small = compressed("llama-tied", **SYMMETRIC)
     folder = exported(small, tmp_path / "out").path
     assert (folder / "README.md").read_text(encoding="utf-8") == "# Small\n"

@@ -189,7 +189,8 @@ def test_what_it_can_not_hold_is_named_with_the_formats_that_can(
 def test_a_dense_model_needs_a_scheme_and_a_packed_one_has_nothing_to_do(
     saved: Any, compressed: Callable[..., Path], tmp_path: Path
 ) -> None:
-    assert "--scheme W8A8 or FP8" in str(refusal(Checkpoint.open(str(saved("llama"))), FORMAT))
+    request = Request(Checkpoint.open(str(saved("llama"))), tmp_path / "out")
+    assert "--scheme W8A8 or FP8" in str(refusal(request, FORMAT))
     with pytest.raises(CheckpointError, match="is compressed-tensors already"):
         exported(compressed("llama", bits=4), tmp_path / "out")
 

@@ -34,11 +34,6 @@ def export_dense(
     return export(Request(checkpoint, output, dtype=dtype, overwrite=overwrite), "dense").path
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint.open(str(folder))
-    return checkpoint.read(checkpoint.tensors)
-
-
 def opened(models: Any, family: str, folder: Path) -> Any:
     return getattr(transformers, models.FAMILIES[family].model_class).from_pretrained(folder).eval()
 
@@ -80,7 +75,7 @@ def test_it_opens_where_modelzip_is_not_imported(compressed: Callable[..., Path]
 
 @pytest.mark.parametrize("number", [torch.bfloat16, torch.float16])
 def test_a_type_changes_every_floating_tensor_and_the_config(
-    number: torch.dtype, compressed: Callable[..., Path], tmp_path: Path
+    tensors_of: Any, number: torch.dtype, compressed: Callable[..., Path], tmp_path: Path
 ) -> None:
     small = Checkpoint.open(str(compressed("llama", **PORTABLE)))
     wanted = tensors_of(export_dense(small, tmp_path / "dense"))
@@ -194,7 +189,7 @@ def all_kinds() -> dict[str, Any]:
 
 @pytest.mark.parametrize("prefix", ["", "bert."])
 def test_every_kind_of_weight_becomes_the_matrix_that_it_stands_for(
-    prefix: str, all_kinds: dict[str, Any], saved: Callable[[str], Path], tmp_path: Path
+    tensors_of: Any, prefix: str, all_kinds: dict[str, Any], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     leaves = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
     modules = [f"bert.encoder.layer.0.{leaf}" for leaf in leaves]
@@ -209,7 +204,7 @@ def test_every_kind_of_weight_becomes_the_matrix_that_it_stands_for(
 
 
 def test_what_modules_share_is_written_out_for_each(
-    all_kinds: dict[str, Any], saved: Callable[[str], Path], models: Any, tmp_path: Path
+    tensors_of: Any, all_kinds: dict[str, Any], saved: Callable[[str], Path], models: Any, tmp_path: Path
 ) -> None:
     first, second = ("bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.query")
     weight = all_kinds["low rank"]
@@ -238,7 +233,7 @@ def test_what_modules_share_is_written_out_for_each(
         assert (one - other).norm() / other.norm() < 5e-6  # measured: 2e-7
 
 
-def test_a_factorized_embedding_becomes_a_table(saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_factorized_embedding_becomes_a_table(tensors_of: Any, saved: Callable[[str], Path], tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(2)
     table = LowRank(Dense(torch.randn(96, 6, generator=draw)), Dense(torch.randn(6, 32, generator=draw)))
     name = "bert.embeddings.word_embeddings"

@@ -301,8 +301,8 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
         ("bert-classifier", "it is a BertForSequenceClassification, and llama.cpp gives the output of a BertModel"),
     ],
 )
-def test_other_models_are_refused(name: str, words: str, saved: Callable[[str], Path]) -> None:
-    assert words in (refusal(Checkpoint.open(str(saved(name))), "gguf") or "")
+def test_other_models_are_refused(name: str, words: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    assert words in (refusal(Request(Checkpoint.open(str(saved(name))), tmp_path / "out"), "gguf") or "")
 
 
 def test_a_sliding_window_ends_the_context(pico: Callable[..., Path], tmp_path: Path) -> None:

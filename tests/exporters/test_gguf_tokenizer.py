@@ -106,4 +106,4 @@ def test_tokenizers_that_llama_cpp_would_take_for_others_are_refused(
 
 
 def _refused(folder: Path) -> str:
-    return refusal(Checkpoint.open(str(folder)), "gguf") or ""
+    return refusal(Request(Checkpoint.open(str(folder)), folder / "out"), "gguf") or ""

@@ -22,9 +22,7 @@ from modelzip.exporters import gptq
 from modelzip.exporters.formats import FORMATS, export
 from modelzip.exporters.plain import answer_by_transformers
 from modelzip.exporters.request import Request, Written
-from modelzip.exporters.source import Source
 from modelzip.pipeline.exported import check_export
-from modelzip.weights import Affine
 
 TOKENS = {"input_ids": torch.arange(3, 43).reshape(1, 40)}
 HALF = torch.float16
@@ -34,23 +32,6 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 def exported(source: Path, output: Path, scheme: str = "auto", **asked: Any) -> Written:
     return export(Request(Checkpoint.open(str(source)), output, scheme, **asked), "gptq")
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    checkpoint = Checkpoint.open(str(folder))
-    return checkpoint.read(checkpoint.tensors)
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    return config
-
-
-def affine_of(folder: Path) -> dict[str, Affine]:
-    """Every weight that a modelzip checkpoint holds as integers, by module."""
-    source = Source.of(Checkpoint.open(str(folder)))
-    found = {name: source.weight(name) for name in source.matrices()}
-    return {name: weight for name, weight in found.items() if isinstance(weight, Affine)}
 
 
 def streams(words: Tensor, bits: int) -> Tensor:
@@ -82,7 +63,7 @@ GRIDS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_the_words_stand_for_the_very_weights_of_the_model(
-    grid: dict[str, Any], wide: Any, compressed: Any, tmp_path: Path
+    tensors_of: Any, config_of: Any, affine_of: Any, grid: dict[str, Any], wide: Any, compressed: Any, tmp_path: Path
 ) -> None:
     small = compressed("llama", wide("llama"), **grid)
     written = exported(small, tmp_path / "out")
@@ -105,7 +86,7 @@ def test_the_words_stand_for_the_very_weights_of_the_model(
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_gptqmodel_unpacks_the_very_weights_of_the_model(
-    grid: dict[str, Any], wide: Any, compressed: Any, tmp_path: Path
+    affine_of: Any, grid: dict[str, Any], wide: Any, compressed: Any, tmp_path: Path
 ) -> None:
     pytest.importorskip("gptqmodel")
     small = compressed("llama", wide("llama"), **grid)
@@ -147,7 +128,9 @@ def test_the_proof_of_an_export_is_gptqmodels_answer(compressed: Any, tmp_path: 
     assert proof["max_logit_difference"] < FORMATS["gptq"].precision * proof["largest_logit"]  # measured: 2.8e-3
 
 
-def test_versions_differ_by_one_in_zero_points_alone(wide: Any, compressed: Any, tmp_path: Path) -> None:
+def test_versions_differ_by_one_in_zero_points_alone(
+    tensors_of: Any, config_of: Any, wide: Any, compressed: Any, tmp_path: Path
+) -> None:
     small = compressed("llama", wide("llama"), **SYMMETRIC)
     first = exported(small, tmp_path / "v1", "v1").path
     second = exported(small, tmp_path / "v2", "v2").path
@@ -173,7 +156,9 @@ def with_changed(small: Path, folder: Path, change: Callable[[dict[str, Tensor]]
     return folder
 
 
-def test_a_zero_point_of_0_takes_version_2(wide: Any, compressed: Any, tmp_path: Path) -> None:
+def test_a_zero_point_of_0_takes_version_2(
+    tensors_of: Any, config_of: Any, affine_of: Any, wide: Any, compressed: Any, tmp_path: Path
+) -> None:
     def put_0(tensors: dict[str, Tensor]) -> None:
         tensors[f"{DOWN}.weight_zero_point"] &= ~0xF  # the first of eight in a word
 
@@ -188,7 +173,7 @@ def test_a_zero_point_of_0_takes_version_2(wide: Any, compressed: Any, tmp_path:
 
 
 def test_an_asymmetric_grid_without_zero_points_of_0_is_written_in_either_version(
-    wide: Any, compressed: Any, tmp_path: Path
+    tensors_of: Any, config_of: Any, affine_of: Any, wide: Any, compressed: Any, tmp_path: Path
 ) -> None:
     def put_9(tensors: dict[str, Tensor]) -> None:
         for name in tensors:
@@ -228,7 +213,9 @@ def test_a_scale_below_float16s_normal_range_is_told_of(compressed: Any, tmp_pat
 
 
 @pytest.mark.parametrize("match", ["*.down_proj", "model.layers.1.*"])
-def test_linears_left_dense_open_dense(match: str, models: Any, compressed: Any, tmp_path: Path) -> None:
+def test_linears_left_dense_open_dense(
+    config_of: Any, affine_of: Any, match: str, models: Any, compressed: Any, tmp_path: Path
+) -> None:
     source = models.saved("llama", tmp_path / "source", dtype=HALF)
     small = compressed("llama", source, **SYMMETRIC, rules=[{"match": match, "skip": True}])
     folder = exported(small, tmp_path / "out").path
@@ -243,7 +230,9 @@ def test_linears_left_dense_open_dense(match: str, models: Any, compressed: Any,
     assert (found - wanted).abs().max() / wanted.abs().max() < 1e-5  # measured: 0
 
 
-def test_side_files_config_and_other_tensors_are_the_models_own(compressed: Any, tmp_path: Path) -> None:
+def test_side_files_config_and_other_tensors_are_the_models_own(
+    tensors_of: Any, compressed: Any, tmp_path: Path
+) -> None:
     small = compressed("llama-tied", **SYMMETRIC)
     folder = exported(small, tmp_path / "out").path
     assert (folder / "README.md").read_text(encoding="utf-8") == "# Small\n"
@@ -256,7 +245,7 @@ def test_side_files_config_and_other_tensors_are_the_models_own(compressed: Any,
     assert all(torch.equal(before[name], after[name]) for name in kept)
 
 
-def test_a_type_is_that_of_all_floating_tensors_but_scales(compressed: Any, tmp_path: Path) -> None:
+def test_a_type_is_that_of_all_floating_tensors_but_scales(tensors_of: Any, compressed: Any, tmp_path: Path) -> None:
     written = exported(compressed("llama", **SYMMETRIC), tmp_path / "out", dtype=torch.bfloat16)
     assert written.rounded == ("floating tensors were rounded to bfloat16",)
     floating = {name: one.dtype for name, one in tensors_of(written.path).items() if one.is_floating_point()}

@@ -268,6 +268,14 @@ def speaking(models, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 
 @pytest.fixture(scope="session")
+def rounded(speaking, compress, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The speaking llama, rounded to 3 bits."""
+    folder = tmp_path_factory.mktemp("rounded") / "out"
+    compress(speaking("llama"), folder, {"method": "rtn", "bits": 3})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def names(models) -> list[str]:
     """The pico Llama's linears, in the order in which they run."""
     return models.FAMILIES["llama"].expected_linears()

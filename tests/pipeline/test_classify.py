@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from modelzip.checkpoints.errors import CheckpointError, ModelzipError, RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.pipeline import feeding
+from modelzip.pipeline.bench import Bench
 from modelzip.pipeline.classify import classification_section
 from modelzip.pipeline.data_kind import kind_of
 from modelzip.pipeline.evaluate import evaluate_models
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 
 class Silent:
     def step(self, stage: str, done: int, total: int, note: str = "") -> None:
-        assert 0 < done <= total
+        assert 0 <= done <= total > 0
 
     def say(self, line: str) -> None:
         pass
@@ -80,7 +81,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def section(model: Path, against: Path | None, **evaluation: Any) -> Mapping[str, Any]:
     one, other = Checkpoint.open(str(model)), None if against is None else Checkpoint.open(str(against))
     with torch.no_grad():
-        return classification_section(one, other, Evaluation(**evaluation), dtype="auto", device=CPU, progress=Silent())
+        return classification_section(one, other, Evaluation(**evaluation), Bench("auto", CPU, Silent()))
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 30])
@@ -178,7 +179,12 @@ def test_a_model_without_a_padding_token_takes_one_example_at_a_time(
 def test_times_are_taken_of_both_models_if_asked_for(model: Path, data: Path) -> None:
     found = section(model, model, data=str(data), latency=True, batch_size=4)["latency"]
     assert (found["single"]["batch_size"], found["batched"]["batch_size"]) == (1, 4)
-    assert all(timed["original_ms"] > 0 and timed["speedup"] > 0 for timed in found.values())
+    assert all(found[way]["original_ms"] > 0 and found[way]["speedup"] > 0 for way in ("single", "batched"))
+    alone = found["text"]["compressed"]
+    assert 0 < alone["p50_ms"] <= alone["p90_ms"] <= alone["p99_ms"]
+    assert [row["batch_size"] for row in found["throughput"]] == [1, 4, 16]  # as many as are asked for by default
+    first = found["throughput"][0]  # the very repetitions of `single`
+    assert first["original"] == pytest.approx(1e3 / found["single"]["original_ms"])
     with pytest.raises(RecipeError, match="compares two classifiers"):
         section(model, None, data=str(data), latency=True)
 

@@ -12,21 +12,8 @@ import transformers
 from modelzip.checkpoints.errors import ModelzipError
 from modelzip.pipeline.draft import Found, Passes, _one_text, continued
 from modelzip.pipeline.evaluate import evaluate_models
+from modelzip.pipeline.run import plan_recipe
 from modelzip.recipes.schema import Evaluation
-
-
-@pytest.fixture(scope="module")
-def text_file(prose: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("draft") / "text.txt"
-    file.write_text(prose(200, seed=5), encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
-def rounded(speaking, compress, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rounded") / "out"
-    compress(speaking("llama"), folder, {"method": "rtn", "bits": 3})
-    return folder
 
 
 def drafted(model: Path, draft: Path, data: Path, progress: Any, **changes: Any) -> dict[str, Any]:
@@ -78,6 +65,20 @@ def test_drafts_that_do_not_fit_are_refused_before_a_weight_is_read(speaking, sa
         ModelzipError, match=r"--draft: .* has 96 tokens and .* has \d+: name a draft that was made from"
     ):
         drafted(speaking("llama"), saved("llama"), text_file, progress)
+
+
+def test_the_result_of_a_recipe_drafts_for_its_original(speaking, compress, tmp_path):
+    settings = {"enabled": True, "as_draft": True, "new_tokens": 8, "fail_if": ["acceptance < 1%"]}
+    report = compress(speaking("llama"), tmp_path / "out", {"method": "rtn", "bits": 3}, evaluate=settings).report
+    found = report["evaluation"]["speculative"]
+    assert found["draft"] == str(tmp_path / "out")
+    assert found["identical"] == found["texts"] == 8
+
+
+def test_a_recipe_for_an_encoder_has_no_draft(speaking, recipe_of, tmp_path):
+    recipe = recipe_of(speaking("bert"), {"method": "rtn"}, evaluate={"enabled": True, "as_draft": True})
+    with pytest.raises(ModelzipError, match=r"evaluate\.as_draft: .* is BertModel, which writes no text"):
+        plan_recipe(recipe, output=tmp_path / "out")
 
 
 def test_a_condition_on_a_draft_needs_one(speaking, text_file, progress):

@@ -5,27 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 
 from modelzip.evaluation.report import report_markdown, validate
 from modelzip.pipeline.evaluate import evaluate_models
 from modelzip.recipes.schema import Evaluation
-
-
-@pytest.fixture(scope="module")
-def text_file(prose: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("samples") / "text.txt"
-    file.write_text(prose(200, seed=5), encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
-def rounded(speaking, compress, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rounded") / "out"
-    compress(speaking("llama"), folder, {"method": "rtn", "bits": 3})
-    return folder
 
 
 def report_of(model: Path, against: Path | None, data: Path, progress: Any, **changes: Any) -> dict[str, Any]:
@@ -62,7 +47,10 @@ def test_a_model_beside_itself_writes_the_same(speaking, text_file, progress):
 def test_none_are_written_if_none_are_asked_for_or_the_model_writes_no_text(
     speaking, text_file, progress, saved, monkeypatch
 ):
-    assert report_of(speaking("llama"), None, text_file, progress, samples=0)["evaluation"]["samples"] == []
+    silent = Evaluation(data=str(text_file), seq_len=16, windows=4, samples=0)
+    machine = {"revision": None, "device": "cpu", "dtype": "float32", "progress": progress}
+    report = evaluate_models(str(speaking("llama")), against=None, evaluation=silent, **machine)
+    assert report["evaluation"]["samples"] == []
     monkeypatch.setattr("modelzip.pipeline.samples.dense_bytes", lambda checkpoint: 1 << 60)
     assert report_of(speaking("llama"), None, text_file, progress)["evaluation"]["samples"] == []
 

@@ -117,6 +117,14 @@ def test_an_encoder_alone_is_scored_by_pairs_and_refused_without(speaking, data,
         measured(speaking("bert"), None, tmp_path / "texts.tsv")
 
 
+def test_encoders_are_timed_over_the_very_texts(speaking, rounded, data, measured):
+    found = measured(rounded, speaking("bert"), data, latency=True, batch_size=2, batch_sizes=(1, 3))["latency"]
+    assert [row["batch_size"] for row in found["throughput"]] == [1, 3]
+    assert found["batched"]["compressed_ms"] > 0
+    with pytest.raises(ModelzipError, match="compares two sentence encoders: name an original"):
+        measured(rounded, None, data, latency=True)
+
+
 def test_a_model_with_a_head_has_no_embeddings(speaking, data, measured):
     with pytest.raises(ModelzipError, match=r"evaluate\.task is similarity, but the model is LlamaForCausalLM"):
         measured(speaking("llama"), None, data, task="similarity")

@@ -12,6 +12,7 @@ import transformers
 
 from modelzip.checkpoints.errors import ModelzipError
 from modelzip.pipeline import speed
+from modelzip.pipeline.bench import Bench
 from modelzip.pipeline.evaluate import evaluate_models
 from modelzip.pipeline.run import plan_recipe
 from modelzip.pipeline.speed import REPETITIONS, written
@@ -65,7 +66,7 @@ def test_both_sides_do_the_same_work_and_ratios_are_of_the_same_repetition(monke
         "big",
         torch.zeros(2, 10, dtype=torch.int64),
         evaluation,
-        **{"dtype": "auto", "device": torch.device("cpu"), "progress": progress},
+        Bench("auto", torch.device("cpu"), progress),
     )
     assert found["prompt_tokens"] == 12 - 4
     assert found["prefill"] == {
@@ -82,13 +83,6 @@ def test_both_sides_do_the_same_work_and_ratios_are_of_the_same_repetition(monke
     assert found["memory"] is None
     assert [shape for shape, _ in slow.read] == [shape for shape, _ in fast.read]
     assert sum(shape == (1, 8) for shape, _ in fast.read) == REPETITIONS + 1 + 4
-
-
-@pytest.fixture(scope="module")
-def text_file(prose: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("speed") / "text.txt"
-    file.write_text(prose(200, seed=5), encoding="utf-8")
-    return file
 
 
 def measured(model: Path, against: Path | None, data: Path, progress: Any, **changes: Any) -> dict[str, Any]:
@@ -142,7 +136,7 @@ def test_more_new_tokens_than_the_model_takes_are_refused_before_a_weight_is_rea
 @pytest.mark.parametrize(
     ("model", "evaluate", "told"),
     [
-        ("bert", {"latency": True}, "evaluate.latency times classifiers on labelled examples, and models that write"),
+        ("bert", {"latency": True}, "evaluate.latency times classifiers and sentence encoders on examples, and models"),
         ("llama", {"latency": True, "new_tokens": 64}, "new_tokens is 64, and"),
     ],
 )
@@ -156,6 +150,20 @@ def test_data_of_an_evaluation_that_is_switched_off_are_not_looked_at(speaking, 
     section = {"enabled": False, "data": str(tmp_path / "missing.jsonl"), "task": "classification"}
     stages = {"prune": {"method": "magnitude"}}, {"method": "rtn"}
     assert compress(speaking("llama"), tmp_path / "out", *stages, evaluate=section).report
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "told"),
+    [
+        ({"batch_sizes": (1, 2)}, "evaluate.batch_sizes does nothing without evaluate.latency: true (--latency)"),
+        ({"new_tokens": 8, "samples": 0}, "evaluate.new_tokens does nothing without samples or latency"),
+        ({"task_limit": 8}, "evaluate.task_limit does nothing without evaluate.tasks (--tasks)"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(speaking, recipe_of, tmp_path, evaluate, told):
+    recipe = recipe_of(speaking("llama"), {"method": "rtn"}, evaluate={"enabled": True, **evaluate})
+    with pytest.raises(ModelzipError, match=re.escape(told)):
+        plan_recipe(recipe, output=tmp_path / "out")
 
 
 def test_a_condition_on_times_that_are_not_taken_is_refused(speaking, text_file, progress):

@@ -50,13 +50,6 @@ def tasks(prose: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def rounded(speaking, compress, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rounded") / "out"
-    compress(speaking("llama"), folder, {"method": "rtn", "bits": 2})
-    return folder
-
-
 def report_of(model: Path, against: Path | None, folder: Path, progress: Any, **changes: Any) -> dict[str, Any]:
     asked = {"tasks": ("ending",), "task_path": str(folder), "samples": 0, **changes}
     return evaluate_models(
