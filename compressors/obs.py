@@ -20,12 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelzip.kernels.obs_columns import Grid, obs_columns
+from modelzip.kernels.obs_columns import obs_columns
+from modelzip.weights.value import CompressedWeight
 
 from .damping import ladder
 from .layer import UnsuitableError
 from .masks import Pattern, without_smallest_of_all
-from .quantize.grid import AffineGrid
+from .quantize.grid import AnyGrid
 
 
 class SingularHessianError(UnsuitableError):
@@ -125,7 +126,7 @@ def surgery(
     *,
     value_dtype: torch.dtype,
     block_size: int,
-    grid: AffineGrid | None = None,
+    grid: AnyGrid[CompressedWeight] | None = None,
     kept: Tensor | None = None,
     quotas: Sequence[int] | int | None = None,
     pattern: Pattern | None = None,
@@ -138,11 +139,11 @@ def surgery(
     pattern, all but n of each m columns in a row become zero; m must divide block_size. What is left goes to its
     nearest value on the grid, or keeps its own in `value_dtype`.
 
-    Returns signed codes, or values, [out, in], and what was kept; None if that is all.
+    Returns signed codes, indices into a table, or values, [out, in], and what was kept; None if that is all.
     """
     rows, columns = weight.shape
     remaining = weight.T[factor.order].contiguous()
-    written = torch.empty_like(remaining, dtype=torch.float32 if grid is None else torch.int8)
+    written: Tensor | None = None
     given = None if kept is None else kept.T[factor.order]
     everything = given is None and quotas is None and pattern is None
     left = None if everything else torch.empty_like(remaining, dtype=torch.bool)
@@ -158,11 +159,14 @@ def surgery(
             lost += mask.numel() - int(mask.count_nonzero())
         points = None
         if grid is not None:
-            points = Grid(*grid.columns(factor.order[block], rows=rows, in_features=columns), grid.bits)
+            points = grid.columns(factor.order[block], rows=rows, in_features=columns)
         upper = factor.upper[block, block]
         done = obs_columns(remaining[block], upper, grid=points, kept=mask, pattern=pattern, value_dtype=value_dtype)
+        if written is None:
+            written = torch.empty_like(remaining, dtype=done.written.dtype)
         written[factor.order[block]] = done.written
         if left is not None and done.kept is not None:
             left[factor.order[block]] = done.kept
         remaining[block.stop :].addmm_(factor.upper[block, block.stop :].T, done.errors, alpha=-1)
+    assert written is not None
     return written.T, None if left is None else left.T

@@ -48,14 +48,24 @@ class MethodSettings(BaseModel):
         return self.method
 
 
-class GridSettings(MethodSettings):
-    """The affine grid that values are rounded to, where they are."""
+class GroupSettings(MethodSettings):
+    """What shares a scale."""
 
-    bits: Annotated[int, Field(ge=2, le=8)] | None = Field(default=None, description="Bits of one stored weight.")
     group_size: GroupSize = Field(
         default=128,
         description="Columns that share one scale; channel: one scale a row; tensor: one scale a matrix.",
     )
+    strict_groups: bool = Field(
+        default=False,
+        description="Stop where group_size doesn't divide a matrix's columns; off, the largest group that fits is "
+        "taken and reported.",
+    )
+
+
+class GridSettings(GroupSettings):
+    """The affine grid that values are rounded to, where they are."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] | None = Field(default=None, description="Bits of one stored weight.")
     symmetric: bool = Field(
         default=True,
         description="Grid symmetric around zero; off, every group also has a zero point.",
@@ -65,11 +75,6 @@ class GridSettings(MethodSettings):
         default="mse",
         description="Range of the grid; mse: the one with the least squared error, none: from the smallest to the "
         "largest weight.",
-    )
-    strict_groups: bool = Field(
-        default=False,
-        description="Stop where group_size doesn't divide a matrix's columns; off, the largest group that fits is "
-        "taken and reported.",
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from modelzip.compressors.layer import LayerMethod
 from modelzip.compressors.settings import MethodSettings
 from modelzip.weights.affine import Affine
+from modelzip.weights.codebook import Codebook
 from modelzip.weights.dense import Dense
 from modelzip.weights.kronecker import Kronecker
 from modelzip.weights.low_rank import Factor, LowRank
@@ -68,6 +69,11 @@ def described(weight: CompressedWeight) -> str:
                 f"group {weight.group_size}" if weight.strategy == "group" else f"one scale a {_ROWS[weight.strategy]}"
             )
             return f"{weight.bits} bit, {group}"
+        case Codebook():
+            offsets = "" if weight.offset is None else " with offsets"
+            shared = (f"group {weight.group_size}{offsets}",) if weight.scale is not None else ()
+            tables = "evenly" if offsets else "a table a row" if len(weight.table) > 1 else "one table"
+            return ", ".join([f"{weight.bits} bit", tables, *shared])
         case Sparse():
             kept = weight.count / (weight.shape[0] * weight.shape[1])
             share = "{}:{}".format(*weight.pattern) if weight.pattern else f"{100 * (1 - kept):.3g} % zeros"

@@ -5,6 +5,7 @@ own models.
 from __future__ import annotations
 
 from .affine import Affine
+from .codebook import Codebook
 from .dense import Dense
 from .embedding import CompressedEmbedding
 from .kronecker import Kronecker
@@ -19,6 +20,7 @@ from .value import CompressedWeight
 __all__ = [
     "Affine",
     "BiLstmForSequenceClassification",
+    "Codebook",
     "CompressedEmbedding",
     "CompressedLinear",
     "CompressedWeight",

@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from .affine import Affine
+from .codebook import Codebook
 from .dense import Dense
 from .kronecker import Kronecker
 from .low_rank import LowRank
@@ -17,7 +18,7 @@ from .tensor_train import TensorTrain
 from .value import CompressedWeight
 
 KINDS: Final[Mapping[str, type[CompressedWeight]]] = MappingProxyType(
-    {kind.kind: kind for kind in (Affine, Dense, Kronecker, LowRank, Sparse, TensorTrain)}
+    {kind.kind: kind for kind in (Affine, Codebook, Dense, Kronecker, LowRank, Sparse, TensorTrain)}
 )
 
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from .affine import Affine
+from .codebook import Codebook
 from .dense import Dense
 from .sparse import Sparse
 from .value import at_least_single, payload
 
-Factor: TypeAlias = Dense | Affine | Sparse
+Factor: TypeAlias = Dense | Affine | Codebook | Sparse
 
 _FACTORS: Final[Mapping[str, type[Factor]]] = MappingProxyType(
-    {Dense.kind: Dense, Affine.kind: Affine, Sparse.kind: Sparse}
+    {kind.kind: kind for kind in (Dense, Affine, Codebook, Sparse)}
 )
 _SIDES: Final = ("left", "right")
 

@@ -7,6 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .affine import Affine
+from .codebook import Codebook
 from .dense import Dense
 from .kinds import from_tensors
 from .low_rank import LowRank
@@ -106,4 +108,4 @@ def holds_codes(weight: CompressedWeight) -> bool:
         return holds_codes(weight.left) or holds_codes(weight.right)
     if isinstance(weight, Sparse):
         return weight.scales is not None
-    return weight.kind == "affine"
+    return isinstance(weight, Affine | Codebook)

@@ -17,21 +17,25 @@ Where this differs from the paper, and why:
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor
 
-from modelzip.weights.affine import Affine
+from modelzip.weights.value import CompressedWeight
 
 from ..obs import InverseFactor, surgery
-from .grid import AffineGrid
+from .grid import AnyGrid
+
+Made = TypeVar("Made", bound=CompressedWeight)
 
 
 def gptq(
-    weight: Tensor, factor: InverseFactor, grid: AffineGrid, *, block_size: int = 128, kept: Tensor | None = None
-) -> Affine:
+    weight: Tensor, factor: InverseFactor, grid: AnyGrid[Made], *, block_size: int = 128, kept: Tensor | None = None
+) -> Made:
     """Quantize weight [out, in] to the grid, minimising ‖(W − Ŵ)X‖² greedily over the columns.
 
     factor: of the damped Hessian of the inputs, from `inverse_factor`. block_size: columns brought up to date together.
-    kept: bool [out, in]; entries outside it get the code that stands for 0.
+    kept: bool [out, in]; entries outside it get the code that stands for 0, which tables don't have.
     """
     codes, _ = surgery(weight, factor, value_dtype=grid.dtype, block_size=block_size, grid=grid, kept=kept)
     return grid.weight(codes)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from modelzip.kernels.obs_columns import Grid, Table
 from modelzip.kernels.rounding_errors import rounding_errors
 from modelzip.weights.affine import Affine
+from modelzip.weights.value import CompressedWeight
 
 SLAB_ELEMENTS = 1 << 17
 """Weights searched at once: half a megabyte in fp32, so that every pass of the clip search stays in the cache."""
@@ -32,10 +34,11 @@ class AffineGrid:
     symmetric: bool
     dtype: torch.dtype
 
-    def columns(self, index: Tensor, *, rows: int, in_features: int) -> tuple[Tensor, Tensor]:
+    def columns(self, index: Tensor, *, rows: int, in_features: int) -> Grid:
         """Scale and zero point of the given columns, transposed: two matrices [len(index), rows]."""
         group = index // (in_features // self.scale.shape[1])
-        return tuple(part.T[group].expand(-1, rows).contiguous() for part in (self.scale, self.zero_point))  # type: ignore[return-value]
+        scale, zero_point = (part.T[group].expand(-1, rows).contiguous() for part in (self.scale, self.zero_point))
+        return Grid(scale, zero_point, self.bits)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Signed codes [out, in] (as floats) of the grid points nearest to weight [out, in]."""
@@ -46,6 +49,26 @@ class AffineGrid:
         """The compressed weight with these signed codes [out, in]."""
         zero_point = None if self.symmetric else self.zero_point.to(torch.int8)
         return Affine.from_codes(codes, self.scale.to(self.dtype), zero_point, bits=self.bits)
+
+
+Made_co = TypeVar("Made_co", bound=CompressedWeight, covariant=True)
+
+
+class AnyGrid(Protocol[Made_co]):
+    """What solvers know of a grid: of one matrix [out, in], any values that each column can take by itself."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values, as the runtime computes them."""
+
+    def columns(self, index: Tensor, *, rows: int, in_features: int) -> Grid | Table:
+        """The values of the given columns, for the column loop."""
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Codes [out, in] of the values nearest to weight [out, in]."""
+
+    def weight(self, codes: Tensor) -> Made_co:
+        """The compressed weight with these codes [out, in]."""
 
 
 class GridSettings(Protocol):

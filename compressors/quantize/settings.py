@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from modelzip.compressors.settings import DampedSettings, GridSettings
+from modelzip.compressors.settings import DampedSettings, GridSettings, GroupSettings
+
+Grid: TypeAlias = Literal["int", "nf", "af", "fp4", "kmeans"]
 
 
-class QuantizeSettings(GridSettings):
-    """What all methods share that write integers on an affine grid."""
+class QuantizeSettings(GroupSettings):
+    """What all methods share that write few bits a weight."""
 
     whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "layout", "propagate", "embeddings"})
 
@@ -32,7 +35,50 @@ class QuantizeSettings(GridSettings):
         return f"{self.method}-{self.bits}bit"
 
 
-class Rtn(QuantizeSettings):
+class OnGrid(QuantizeSettings, GridSettings):
+    """What methods share that round to any grid."""
+
+    bits: int = Field(default=4, ge=2, le=8, description="Bits of one stored weight.")
+    grid: Grid = Field(
+        default="int",
+        description="Where values may lie; int: evenly; nf: NormalFloat, quantiles of a normal distribution (NF4 of 4 "
+        "bits); af: AbnormalFloat, of least absolute error for the group's size; fp4: 4-bit floats E2M1; kmeans: "
+        "a table of its own for each row (group_size channel) or matrix (tensor).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_of_their_own(cls, data: Any) -> Any:
+        """k-means has no groups: without a word, each row gets a table."""
+        if isinstance(data, Mapping) and data.get("grid") == "kmeans" and data.get("group_size") is None:
+            return {**data, "group_size": "channel"}
+        return data
+
+    @model_validator(mode="after")
+    def _grid_agrees(self) -> Self:
+        if self.grid == "int":
+            return self
+        if not self.symmetric:
+            raise ValueError(f"asymmetric is of the grid int; {self.grid} has no zero points")
+        if self.grid == "kmeans":
+            if isinstance(self.group_size, int):
+                raise ValueError("the grid kmeans has a table a row (group_size channel) or a matrix (tensor)")
+            if self.clip != "mse":
+                raise ValueError("the grid kmeans has no range to clip: leave clip out")
+        elif self.group_size == "tensor":
+            raise ValueError(f"the grid {self.grid} has one scale a group or a row: choose a number, or channel")
+        if self.grid == "fp4" and self.bits != 4:
+            raise ValueError(f"the grid fp4 has 4 bits, not {self.bits}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Method, grid and bits, such as gptq-4bit and rtn-nf-4bit."""
+        grid = "" if self.grid == "int" else f"{self.grid}-"
+        return f"{self.method}-{grid}{self.bits}bit"
+
+
+class Rtn(OnGrid):
     """Round to nearest: each weight to the closest value of its group's grid."""
 
     summary: ClassVar[str] = "Round every weight to the nearest grid value; needs no data."
@@ -42,7 +88,26 @@ class Rtn(QuantizeSettings):
     method: Literal["rtn"] = Field(default="rtn", description="Name of the method.")
 
 
-class Gptq(DampedSettings, QuantizeSettings):
+class Hqq(QuantizeSettings):
+    """Half-quadratic quantization: evenly spaced values with an offset that serves most weights, found without data."""
+
+    summary: ClassVar[str] = (
+        "Fit each group's offset to most of its weights, leaving the error to a few; needs no data."
+    )
+    citation: ClassVar[str] = 'Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models"'
+    example: ClassVar[str] = "- quantize: {method: hqq, bits: 4, group_size: 64}"
+
+    method: Literal["hqq"] = Field(default="hqq", description="Name of the method.")
+    group_size: Annotated[int, Field(ge=1)] | Literal["channel"] = Field(
+        default=64, description="Columns that share one scale and one offset; channel: one of each a row."
+    )
+    norm: float = Field(default=0.7, gt=0, lt=2, description="p of the l_p norm of the error that is made small.")
+    beta: float = Field(default=10.0, gt=0, description="How little errors are shrunk at first.")
+    kappa: float = Field(default=1.01, ge=1, description="By how much beta grows a step.")
+    steps: int = Field(default=20, ge=1, le=1000, description="Steps of the search.")
+
+
+class Gptq(DampedSettings, OnGrid):
     """GPTQ: column by column, each column's error spread over the columns still to come."""
 
     summary: ClassVar[str] = "Round column by column and make up for each error in the columns still to come."

@@ -22,12 +22,22 @@ class Grid(NamedTuple):
     bits: int
 
 
+class Table(NamedTuple):
+    """Values of any kind for the entries of a block: table fp32 [1 or out, entries], rising, for all rows or for each,
+    times scale, fp32 [block, out], None for 1, plus offset, the same, None for 0."""
+
+    table: Tensor
+    scale: Tensor | None
+    offset: Tensor | None
+
+
 class Columns(NamedTuple):
     """What became of a block of columns, all [block, out].
 
-    written: with a grid the signed codes, int8, where code less zero point is 0 for entries that aren't kept; without
-    one the values, fp32. errors: the scaled errors that the columns after this block must absorb: weight_after -=
-    factor[block, after].T @ errors. kept: bool, False where an entry was set to zero; None if nowhere.
+    written: with a grid the signed codes, int8, where code less zero point is 0 for entries that aren't kept; with a
+    table the indices, uint8; without either the values, fp32. errors: the scaled errors that the columns after this
+    block must absorb: weight_after -= factor[block, after].T @ errors. kept: bool, False where an entry was set to
+    zero; None if nowhere.
     """
 
     written: Tensor
@@ -40,7 +50,7 @@ def obs_columns(
     factor: Tensor,
     *,
     value_dtype: torch.dtype,
-    grid: Grid | None = None,
+    grid: Grid | Table | None = None,
     kept: Tensor | None = None,
     pattern: tuple[int, int] | None = None,
 ) -> Columns:
@@ -51,9 +61,11 @@ def obs_columns(
     [block, out]) is False. pattern: (n, m): of each m columns in a row the n with the largest (w / U_jj)² are kept, as
     they stand when the first of them is reached; of equal ones the earlier. Other entries go to the nearest value of
     their grid, or keep their own value. Either is rounded to `value_dtype` (fp32, bf16 or fp16), in which the runtime
-    computes. Raises ValueError on shapes that don't fit.
+    computes. A table goes with neither kept nor pattern. Raises ValueError on shapes that don't fit.
     """
     block = weight.shape[0]
+    if isinstance(grid, Table):
+        return _by_table(weight, factor, grid, value_dtype=value_dtype, is_free=kept is None and pattern is None)
     if grid is not None and (weight.shape != grid.scale.shape or weight.shape != grid.zero_point.shape):
         raise ValueError(f"weight {tuple(weight.shape)}, scale {tuple(grid.scale.shape)}, zero point don't agree")
     if kept is not None and (kept.shape != weight.shape or kept.dtype != torch.bool):
@@ -71,3 +83,16 @@ def obs_columns(
         weight, factor, scale, zero_point, bits=bits, kept=kept, pattern=pattern, value_dtype=value_dtype
     )
     return Columns(written, errors, kept)
+
+
+def _by_table(weight: Tensor, factor: Tensor, grid: Table, *, value_dtype: torch.dtype, is_free: bool) -> Columns:
+    block, rows = weight.shape
+    if factor.shape != (block, block):
+        raise ValueError(f"factor {tuple(factor.shape)} doesn't fit a block of {block} columns")
+    wrong = [one for one in (grid.scale, grid.offset) if one is not None and one.shape != weight.shape]
+    if len(grid.table) not in (1, rows) or wrong:
+        raise ValueError(f"weight {tuple(weight.shape)}, table {tuple(grid.table.shape)} and its scale don't agree")
+    if not is_free:
+        raise ValueError("a table has no zero to give entries that aren't kept")
+    written, errors = reference.obs_tables(weight, factor, *grid, value_dtype=value_dtype)
+    return Columns(written, errors, None)

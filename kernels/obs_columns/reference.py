@@ -25,7 +25,6 @@ def obs_columns(
     value_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """What was written, and the errors. With a pattern, `kept` is narrowed down to what it keeps, in place."""
-    block = weight.shape[0]
     inner = INNER if pattern is None else INNER // pattern[1] * pattern[1]  # a group is brought up to date as a whole
     levels, errors = torch.empty_like(weight), torch.empty_like(weight)  # a level is a code less its zero point
     inverse_diagonal = factor.diagonal().reciprocal()
@@ -47,16 +46,62 @@ def obs_columns(
             level.masked_fill_(lost[j], 0)
         value = level if scale is None else torch.mul(level, scale[j], out=error).to(value_dtype)
         torch.sub(column, value, out=error)
-        start = j // inner * inner
-        stop = min(block, start + inner)
-        if j + 1 < stop:
-            weight[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-weigh[j])
-        else:
-            errors[start:stop].mul_(inverse_diagonal[start:stop, None])
-            weight[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
+        _spread(weight, factor, errors, j, weigh=weigh, inverse_diagonal=inverse_diagonal, inner=inner)
     if kept is not None and lost is not None and pattern is not None:
         torch.logical_not(lost, out=kept)
     return (levels if zero_point is None else levels.add_(zero_point).to(torch.int8)), errors
+
+
+def obs_tables(
+    weight: Tensor,
+    factor: Tensor,
+    table: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    *,
+    value_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The same for values of a table: the indices, and the errors."""
+    written, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    inverse_diagonal = factor.diagonal().reciprocal()
+    weigh = inverse_diagonal.tolist()
+    middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
+    for j, column in enumerate(weight.unbind(0)):
+        scaled = column if offset is None else column - offset[j]
+        scaled = scaled if scale is None else scaled / scale[j]
+        if len(table) == 1:
+            index = torch.searchsorted(middles[0], scaled)
+            value = table[0][index]
+        else:
+            place = torch.searchsorted(middles, scaled.unsqueeze(1))
+            index, value = place[:, 0], table.gather(1, place)[:, 0]
+        written[j] = index
+        value = value if scale is None else value * scale[j]
+        value = value if offset is None else value + offset[j]
+        torch.sub(column, value.to(value_dtype), out=errors[j])
+        _spread(weight, factor, errors, j, weigh=weigh, inverse_diagonal=inverse_diagonal, inner=INNER)
+    return written, errors
+
+
+def _spread(
+    weight: Tensor,
+    factor: Tensor,
+    errors: Tensor,
+    j: int,
+    *,
+    weigh: list[float],
+    inverse_diagonal: Tensor,
+    inner: int,
+) -> None:
+    """Take a column's error out of those still to come: of its `inner` neighbours now, of the others when these are
+    done, all at once. weigh, inverse_diagonal: 1 / U_jj."""
+    start = j // inner * inner
+    stop = min(len(weight), start + inner)
+    if j + 1 < stop:
+        weight[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j], alpha=-weigh[j])
+    else:
+        errors[start:stop].mul_(inverse_diagonal[start:stop, None])
+        weight[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
 
 
 def _largest(scaled: Tensor, lost: Tensor, count: int) -> Tensor:

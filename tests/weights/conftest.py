@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from modelzip.weights.affine import Affine
+from modelzip.weights.codebook import Codebook
 from modelzip.weights.dense import Dense
 from modelzip.weights.kronecker import Kronecker
 from modelzip.weights.layouts import Scheme
@@ -95,7 +96,15 @@ def weights_of_all_kinds(random_weight) -> Callable[..., dict[str, CompressedWei
         single = random_weight(shape, Scheme(3, "tensor", None, False), dtype)
         left = random_weight((rows, 8), Scheme(4, "channel", None, False), dtype)
         right = random_weight((8, columns), Scheme(8, "group", 8, True), dtype)
+        indices = torch.randint(8, shape, generator=generator)
+        scales = draw(rows, columns // 8)
         return {
+            "codebook": Codebook.from_indices(indices, draw(1, 8), scales, bits=3, dtype=dtype),
+            "codebook, fp32 table": Codebook.from_indices(indices, draw(1, 8).float(), scales, bits=3, dtype=dtype),
+            "codebook, offsets": Codebook.from_indices(
+                indices, draw(1, 8).float(), scales, bits=3, dtype=dtype, offset=draw(rows, columns // 8)
+            ),
+            "codebook, a table a row": Codebook.from_indices(indices, draw(rows, 8), None, bits=3, dtype=dtype),
             "affine": group,
             "affine, zero points": zeros,
             "affine, one scale": single,

@@ -117,5 +117,5 @@ def test_a_missing_tensor_is_named(weights_of_all_kinds):
 
 
 def test_a_kind_from_the_future_is_refused():
-    with pytest.raises(ValueError, match="kind 'codebook'"):
-        kinds.empty({"kind": "codebook", "shape": [2, 2]})
+    with pytest.raises(ValueError, match="kind 'wavelet'"):
+        kinds.empty({"kind": "wavelet", "shape": [2, 2]})

@@ -151,7 +151,7 @@ def test_a_tall_matrix_searched_in_slabs_gives_the_same_grid(symmetric, monkeypa
 def test_columns_gives_every_column_the_scale_of_its_group(group):
     weight, index = heavy_tailed(6, 64), torch.tensor([63, 0, 16, 15, 40])
     grid = fit(weight, group, symmetric=False)
-    scale, zero_point = grid.columns(index, rows=6, in_features=64)
+    scale, zero_point, _ = grid.columns(index, rows=6, in_features=64)
     size = 64 // grid.scale.shape[1]
     for place, column in enumerate(index.tolist()):
         assert torch.equal(scale[place], grid.scale[:, column // size].expand(6))
