@@ -31,8 +31,9 @@ demo: $(VENV)/.modelzip $(VENV)/.demo-model
 	fi
 	@cat $(DEMO)/report.md
 
+# One thread a process and a process a core: files of tests stay together, and with them what they share.
 test: $(VENV)/.modelzip $(VENV)/.demo-model $(VENV)/.test-models
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.modelzip $(VENV)/.demo-model $(VENV)/.test-models
 	$(BIN)/pytest -m slow

@@ -72,3 +72,12 @@ def distance() -> Callable[[Tensor, Tensor], tuple[float, float]]:
         return float(difference.norm() / size), float(difference.max() / size * len(truth) ** 0.5)
 
     return of
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Several, whatever the machine or the run has: they share the work in other places each time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
