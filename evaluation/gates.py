@@ -79,6 +79,9 @@ METRICS: Final[Mapping[str, Metric]] = {
     "fallbacks": Metric(("fallbacks",)),
 }
 
+TASK: Final = re.compile(r"(?P<original>original\.)?tasks\.(?P<task>[\w-]+)\.(?P<metric>\w+)")
+"""A figure of a task of lm-evaluation-harness, such as `tasks.hellaswag.acc`."""
+
 NEED_ORIGINAL: Final = frozenset(
     {
         *("kl", "kl_p95", "kl_p99", "top1_agreement", "top5_agreement", "flips", "hidden_error"),
@@ -99,12 +102,13 @@ OPERATORS: Final[Mapping[str, Callable[[float, float], bool]]] = {
     "!=": operator.ne,
 }
 
+NAME = r"[A-Za-z_][\w.-]*"
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 CONDITION: Final = re.compile(
-    rf"""\s*(?P<metric>[A-Za-z_][\w.]*)\s*
+    rf"""\s*(?P<metric>{NAME})\s*
          (?P<comparison>>=|<=|==|!=|>|<)\s*
-         (?: (?P<number>{NUMBER})\s*(?: (?P<unit>[A-Za-z]+|%)? | \*\s*(?P<of>[A-Za-z_][\w.]*) )
-           | (?P<alone>[A-Za-z_][\w.]*) )\s*""",
+         (?: (?P<number>{NUMBER})\s*(?: (?P<unit>[A-Za-z]+|%)? | \*\s*(?P<of>{NAME}) )
+           | (?P<alone>{NAME}) )\s*""",
     re.VERBOSE,
 )
 
@@ -137,6 +141,20 @@ class Gate:
         return math.isnan(value) or math.isnan(limit) or OPERATORS[self.comparison](value, limit)
 
 
+def metric_of(name: str) -> Metric | None:
+    """The metric of this name, one of METRICS or of a task; None if there is none."""
+    if (found := TASK.fullmatch(name)) is None:
+        return METRICS.get(name)
+    whose = "original" if found["original"] else "compressed"
+    return Metric(("evaluation", "tasks", found["task"], found["metric"], whose), SHARE)
+
+
+def section_of(name: str) -> tuple[str, ...]:
+    """The keys in the report under which the metric of this name stands, without its own."""
+    metric = metric_of(name)
+    return () if metric is None else metric.path[:-1]
+
+
 def parse_gate(text: str) -> Gate:
     """Read one condition. Raises RecipeError that names what is unknown and the nearest known one."""
     found = CONDITION.fullmatch(text)
@@ -147,7 +165,7 @@ def parse_gate(text: str) -> Gate:
         )
     metric, reference = found["metric"], found["of"] or found["alone"]
     for name in (metric, reference):
-        if name is not None and name not in METRICS:
+        if name is not None and metric_of(name) is None:
             raise RecipeError(f'The condition "{text}" names the unknown metric {name}: {_nearest(name)}.')
     if reference is not None and not reference.startswith("original."):
         raise RecipeError(
@@ -181,8 +199,8 @@ def require_measured(gates: Sequence[Gate], *, evaluation: bool, original: bool 
     """
     problems = []
     for gate in gates:
-        quality = [name for name in gate.needs if METRICS[name].path[0] == "evaluation"]
-        compared = [name for name in gate.needs if name in NEED_ORIGINAL]
+        quality = [name for name in gate.needs if section_of(name)[:1] == ("evaluation",)]
+        compared = [name for name in gate.needs if name in NEED_ORIGINAL or name.startswith("original.tasks.")]
         if quality and not evaluation:
             problems.append(f'The condition "{gate.text}" needs {quality[0]}, but evaluation is switched off.')
         elif compared and not original:
@@ -202,6 +220,10 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
             value = len(value)
         if value is not None:
             values[name] = float(value)
+    for row in (report.get("evaluation") or {}).get("tasks") or ():
+        for prefix, whose in (("", "compressed"), ("original.", "original")):
+            if row[whose] is not None:
+                values[f"{prefix}tasks.{row['task']}.{row['metric']}"] = float(row[whose])
     return values
 
 
@@ -218,7 +240,8 @@ def check_gates(gates: Sequence[Gate], values: Mapping[str, float]) -> None:
 
 
 def _unit(text: str, metric: str, unit: str | None) -> float:
-    units = METRICS[metric].units
+    known_metric = metric_of(metric)
+    units = {} if known_metric is None else known_metric.units
     if unit is None:
         return 1.0
     if unit not in units:

@@ -14,8 +14,9 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.skeleton import skeleton
 from modelzip.checkpoints.target import partial_of
 from modelzip.checkpoints.writer import CheckpointWriter
-from modelzip.evaluation.gates import METRICS, Gate
+from modelzip.evaluation.gates import Gate, section_of
 from modelzip.kernels import dispatch
+from modelzip.recipes.schema import Evaluation
 
 from .calibrate import is_causal, is_masked
 from .classify import class_names
@@ -66,15 +67,16 @@ TIMED: Final[Mapping[str, frozenset[Kind]]] = MappingProxyType(
 
 
 def check_measures(
-    gates: Sequence[Gate], checkpoint: Checkpoint, kind: Kind, *, latency: bool, drafted: bool = False
+    gates: Sequence[Gate], checkpoint: Checkpoint, kind: Kind, evaluation: Evaluation, *, drafted: bool
 ) -> None:
-    """Raise RecipeError for a condition on what this model's data don't give, or on times that aren't taken."""
+    """Raise RecipeError for a condition on what this model's data don't give, on times that aren't taken, or on a task
+    that isn't asked. drafted: whether a model writes ahead for another."""
     data = {"tokens": "windows of text", "similarity": "texts to be embedded"}.get(kind, "labelled examples")
     if kind == "classification" and not class_names(checkpoint):
         data = "labelled numbers"
     given, mend = GIVEN[data]
     for gate in gates:
-        for section, name in ((METRICS[name].path[:-1], name) for name in gate.needs):
+        for section, name in ((section_of(name), name) for name in gate.needs):
             if section[:1] != ("evaluation",):
                 continue
             part = section[1] if len(section) > 1 else ""
@@ -83,13 +85,17 @@ def check_measures(
                     f'The condition "{gate.text}" needs a draft: name one by evaluate --draft, or set '
                     "evaluate.as_draft: true in a recipe."
                 )
-            if part in TIMED and not (latency and kind in TIMED[part]):
+            if part == "tasks" and not any(section[2].startswith(task) for task in evaluation.tasks):
+                raise RecipeError(
+                    f'The condition "{gate.text}" needs the task {section[2]}: name it in evaluate.tasks (--tasks).'
+                )
+            if part in TIMED and not (evaluation.latency and kind in TIMED[part]):
                 what = "classifiers and sentence encoders" if part == "latency" else "models that write text"
                 raise RecipeError(
                     f'The condition "{gate.text}" needs times, which are taken with evaluate.latency: true (--latency) '
                     f"for {what}."
                 )
-            if part not in (*TIMED, "speculative") and name.removeprefix("original.") not in given:
+            if part not in (*TIMED, "speculative", "tasks") and name.removeprefix("original.") not in given:
                 raise RecipeError(f'The condition "{gate.text}" needs {name}, which {data} don\'t give: {mend}.')
 
 

@@ -60,7 +60,7 @@ def evaluate_models(
     check_evaluation(evaluation, [checkpoint], original, called=EVALUATE, drafts=draft is not None)
     kind = kind_of(evaluation, checkpoint.config)
     check_exits(evaluation, checkpoint.config, labelled=kind == "classification")
-    check_measures(gates, checkpoint, kind, latency=evaluation.latency, drafted=draft is not None)
+    check_measures(gates, checkpoint, kind, evaluation, drafted=draft is not None)
     helper = None if draft is None else Checkpoint.open(draft)
     if helper is not None:
         check_draft(checkpoint, helper, evaluation, said="--draft")

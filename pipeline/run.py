@@ -101,7 +101,7 @@ def run_recipe(
     check_exports(recipe, plans[-1].result, output, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
     run = Run(context, checkpoint, plans, output, started)
     model = open_running(checkpoint, recipe.dtype, device).model
-    check_measures(gates, plans[-1].result, run.kind, latency=recipe.evaluate.latency, drafted=recipe.evaluate.as_draft)
+    check_measures(gates, plans[-1].result, run.kind, recipe.evaluate, drafted=recipe.evaluate.as_draft)
     check_predicts(gates, model, checkpoint)
     check_comparison(gates, run)
     if not ranks.is_main():

@@ -210,7 +210,8 @@ def test_every_wrong_field_is_named() -> None:
 
 
 def test_every_metric_of_a_condition_is_a_field_of_a_full_report() -> None:
-    assert set(metrics(json.loads(report_json(validate(sample()))))) == set(METRICS)
+    found = set(metrics(json.loads(report_json(validate(sample())))))
+    assert {name for name in found if "tasks." not in name} == set(METRICS)
 
 
 def test_the_markdown_states_the_headline_numbers_and_the_protocol() -> None:

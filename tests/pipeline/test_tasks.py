@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from modelzip.checkpoints.errors import CalibrationError, RecipeError
+from modelzip.checkpoints.errors import CalibrationError, GateError, RecipeError
+from modelzip.evaluation.gates import check_gates, metrics, parse_gates
 from modelzip.evaluation.report import report_markdown, validate
 from modelzip.pipeline.evaluate import evaluate_models
 from modelzip.recipes.schema import Evaluation
@@ -90,6 +91,21 @@ def test_both_models_get_the_share_that_a_computation_by_hand_gives(speaking, ro
     assert found["compressed"] == pytest.approx(share_right(rounded, rows))
     assert found["original_error"] > 0
     assert "| `ending`, acc | 0." in report_markdown(validate(report))
+
+
+def test_a_condition_may_speak_of_a_task(speaking, rounded, tasks, progress):
+    pytest.importorskip("lm_eval")
+    limit = ("tasks.ending.acc < 0.5 * original.tasks.ending.acc", "tasks.ending.acc > 101%")
+    report = report_of(rounded, speaking("llama"), tasks, progress, fail_if=limit)
+    (row,) = report["evaluation"]["tasks"]
+    values = metrics(report)
+    assert values["tasks.ending.acc"] == row["compressed"]
+    assert values["original.tasks.ending.acc"] == row["original"]
+    check_gates(parse_gates(("tasks.ending.acc < 0",)), values)
+    with pytest.raises(GateError, match=r"tasks\.ending\.acc is"):
+        check_gates(parse_gates(("tasks.ending.acc >= 0%",)), values)
+    with pytest.raises(RecipeError, match=r"needs the task other: name it in evaluate\.tasks"):
+        report_of(rounded, speaking("llama"), tasks, progress, fail_if=("tasks.other.acc < 0.5",))
 
 
 def test_a_limit_asks_fewer_examples(speaking, tasks, progress):
