@@ -95,14 +95,12 @@ class ChangedCheckpoint(Checkpoint):
 
     @property
     def original(self) -> Checkpoint:
-        """What is on disk."""
+        """What nothing is changed in."""
         return self.base.original if isinstance(self.base, ChangedCheckpoint) else self.base
 
     @property
-    def changed_names(self) -> tuple[str, ...]:
-        """All tensors that aren't as they are on disk, those that were changed before among them."""
-        before = self.base.changed_names if isinstance(self.base, ChangedCheckpoint) else ()
-        return tuple(dict.fromkeys([*before, *self.changes]))
+    def made_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*self.base.made_names, *self.changes]))
 
     def read(
         self, names: Iterable[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -137,7 +135,8 @@ def unrounded(checkpoint: Checkpoint) -> Checkpoint:
     if not isinstance(checkpoint, ChangedCheckpoint):
         return checkpoint
     tensors = dict(checkpoint.tensors)
-    tensors |= {name: replace(tensors[name], dtype="F32") for name in checkpoint.changed_names}
+    changed_names = set(checkpoint.made_names) - set(checkpoint.original.made_names)
+    tensors |= {name: replace(tensors[name], dtype="F32") for name in changed_names}
     return replace(checkpoint, base=unrounded(checkpoint.base), tensors=tensors)
 
 

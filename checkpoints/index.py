@@ -74,6 +74,11 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
+    def made_names(self) -> tuple[str, ...]:
+        """Tensors that no file holds as they are: `read` makes them."""
+        return ()
+
+    @property
     def quantization(self) -> dict[str, Any] | None:
         return self.config.get("quantization_config")
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modelzip.weights.attributes import ATTRIBUTES, set_attributes
 from modelzip.weights.dense import Dense
+from modelzip.weights.experts import UNFUSED, unfuse
 from modelzip.weights.layouts import MODELZIP
 from modelzip.weights.plugin import compressed_module, located
 from modelzip.weights.students import OWN_MODELS
@@ -40,6 +41,7 @@ def skeleton(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> t
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} can't be turned into a {model_class.__name__}: {told}"
         ) from error
+    unfuse(model, (checkpoint.quantization or {}).get(UNFUSED, ()))
     _resize(model, checkpoint)
     try:
         set_attributes(model, (checkpoint.quantization or {}).get(ATTRIBUTES, {}))

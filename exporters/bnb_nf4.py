@@ -56,7 +56,7 @@ def write(request: Request) -> Written:
     linears = _rounded_linears(source)
     entries = list(_entries(source, linears, dtype))
     claimed = {name for entry in entries for name in entry.replaces}
-    entries += [one for one in dense.dense_entries(checkpoint, request.dtype) if claimed.isdisjoint(one.replaces)]
+    entries += [one for one in dense.dense_entries(request.source, request.dtype) if claimed.isdisjoint(one.replaces)]
     config = {
         **{key: value for key, value in dense.plain_config(request).items() if key != "torch_dtype"},
         "dtype": dtype_name(dtype),

@@ -17,11 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from modelzip.checkpoints.errors import CheckpointError, OutputError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.skeleton import skeleton
+from modelzip.weights.experts import UNFUSED
 from modelzip.weights.layouts import MODELZIP, decoder
 from modelzip.weights.plugin import located
 from modelzip.weights.value import dtype_name
 from modelzip.weights.vector_codebook import VectorCodebook
 
+from .experts import fused_entries
 from .folder import Entry, write_folder
 from .places import Place, compressed_places, shared_places
 from .request import Request, Written
@@ -38,7 +40,7 @@ def write(request: Request) -> Written:
     do, OutputError for a number that float16 can't hold, and what the writer raises.
     """
     checkpoint = request.checkpoint
-    entries = list(dense_entries(checkpoint, request.dtype))
+    entries = list(dense_entries(request.source, request.dtype))
     if not entries and not checkpoint.source.lower().endswith(".gguf"):
         raise CheckpointError(_nothing(request))
     return Written(write_folder(request, entries, format="dense", config=plain_config(request)), _notes(request))
@@ -96,24 +98,29 @@ def _nothing(request: Request) -> str:
     return f"{source} is dense already: there is nothing to do but to change its type with --dtype."
 
 
-def dense_entries(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entry]:
+def dense_entries(source: Source, dtype: torch.dtype | None) -> Iterator[Entry]:
     """All tensors of the output that aren't the checkpoint's own."""
-    claimed: set[str] = set()
-    for entry in _decoded(checkpoint, dtype) if checkpoint.quantization is not None else ():
+    checkpoint, claimed = source.checkpoint, set[str]()
+    for entry in _decoded(source, dtype) if checkpoint.quantization is not None else ():
         left = tuple(name for name in entry.replaces if name not in claimed)
         claimed.update(left)
         yield replace(entry, replaces=left)
     yield from cast_entries(checkpoint, dtype, claimed)
 
 
-def _decoded(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entry]:
-    """Every matrix that is stored compressed, and every tensor that is stored under another's name."""
+def _decoded(source: Source, dtype: torch.dtype | None) -> Iterator[Entry]:
+    """Every matrix that is stored compressed, experts put together, and every tensor stored under another's name."""
+    checkpoint = source.checkpoint
     config = checkpoint.quantization
     assert config is not None
     decode = decoder(config)
     model = skeleton(_plain(checkpoint))  # the model that will be opened: all sizes are config.json's
     wanted = dtype or own_dtype(checkpoint)
+    yield from fused_entries(source, model, wanted, finite)
+    apart = tuple(f"{path}." for path in config.get(UNFUSED, ()))
     for place in compressed_places(checkpoint, model):
+        if place.module.startswith(apart):
+            continue
         path = located(model, place.module)
         layer = None if path is None else model.get_submodule(path)
 
@@ -125,13 +132,13 @@ def _decoded(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[Entr
 
         count = 0 if layer is None else layer.get_parameter("weight").numel()
         yield Entry(count * wanted.itemsize, tuple(place.parts.values()), make)
-    for name, source in shared_places(checkpoint):
-        info = checkpoint.tensors[source]
+    for name, stored in shared_places(checkpoint):
+        info = checkpoint.tensors[stored]
         kept = dtype if dtype is not None and info.dtype in CAST else DTYPES[info.dtype]
         nbytes = math.prod(info.shape) * kept.itemsize
 
-        def copy(name: str = name, source: str = source, kept: torch.dtype = kept) -> dict[str, Tensor]:
-            return {name: _cast(checkpoint, source, kept)}
+        def copy(name: str = name, stored: str = stored, kept: torch.dtype = kept) -> dict[str, Tensor]:
+            return {name: _cast(checkpoint, stored, kept)}
 
         yield Entry(nbytes, (), copy)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from modelzip.checkpoints.blocks import is_own
 from modelzip.checkpoints.errors import CheckpointError, RecipeError
 from modelzip.recipes.export_formats import AUTO
+from modelzip.weights.experts import UNFUSED
 from modelzip.weights.layouts import COMPRESSED_TENSORS, rounds_inputs
 
 from . import awq, bnb_nf4, compressed_tensors, dense, gguf, gptq, onnx, torch_export
@@ -88,7 +89,7 @@ def refusal(request: Request, format: str) -> str | None:
             f"{checkpoint.source}: its linears round their inputs to 8 bits, which {format} doesn't say; export the "
             "original, or another result of it."
         )
-    misfit = FORMATS[format].misfit(source, request.scheme)
+    misfit = _misfit(format, source, request.scheme)
     if misfit is None:
         return None
     others = [name for name in FORMATS if name != format and _holds(name, source)]
@@ -112,9 +113,15 @@ def missing_reader(format: str) -> str | None:
     return _lacking(FORMATS[format].readers)
 
 
+def _misfit(format: str, source: Source, scheme: str) -> str | None:
+    if format != "dense" and (source.checkpoint.quantization or {}).get(UNFUSED):
+        return f"its experts are compressed one by one, which {format} doesn't say"
+    return FORMATS[format].misfit(source, scheme)
+
+
 def _holds(format: str, source: Source) -> bool:
     try:
-        return FORMATS[format].misfit(source, AUTO) is None
+        return _misfit(format, source, AUTO) is None
     except CheckpointError:  # of a model that the format knows nothing of
         return False
 

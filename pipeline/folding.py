@@ -144,13 +144,11 @@ def require_same(view: Checkpoint, original: Checkpoint, *, seed: int, device: t
 
 
 def write_changes(view: Checkpoint, structure: Structure, *, claimed: Iterable[str], writer: CheckpointWriter) -> None:
-    """Put the changed tensors that no compressed module takes the place of on disk, a block or a module at a time."""
-    if not isinstance(view, ChangedCheckpoint):
-        return
+    """Put on disk what is made as it is read and no compressed module takes the place of, by block or by module."""
     taken = set(claimed)
     parts: dict[str, list[str]] = {}
-    original, changed_names = view.original, view.changed_names
-    for name in changed_names:
+    original = view.original if isinstance(view, ChangedCheckpoint) else view
+    for name in view.made_names:
         if name not in taken:
             place = next((one.name for one in structure.blocks if name.startswith(f"{one.name}.")), None)
             parts.setdefault(f"changed {place or name}", []).append(name)

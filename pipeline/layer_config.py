@@ -8,6 +8,7 @@ from typing import Any
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.rewrite import with_number
 from modelzip.weights.attributes import ATTRIBUTES
+from modelzip.weights.experts import UNFUSED
 
 
 def require_countable(config: Any) -> None:
@@ -50,6 +51,8 @@ def renumbered(quantization: Mapping[str, Any], path: str, kept: Sequence[int]) 
     for key in ("modules", ATTRIBUTES):
         if key in quantization:
             found[key] = _renamed(quantization[key], path, kept)
+    if UNFUSED in quantization:
+        found[UNFUSED] = list(_renamed(dict.fromkeys(quantization[UNFUSED]), path, kept))
     if "shared" in quantization:
         found["shared"] = {}
         for target, owner in _renamed(quantization["shared"], path, kept).items():

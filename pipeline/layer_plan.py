@@ -23,6 +23,7 @@ from modelzip.weights.value import CompressedWeight
 
 from .bit_budget import BitBudget, Foreseen, foreseen_bits, of_all_widths
 from .blockwise import refusal, tuning_bytes
+from .expert_plan import experts_note, with_experts
 from .fold_plan import Folding, memory_held, plan_rotation, plan_scales
 from .forms import described, expected, fitted, taken_group
 from .headers import info_of
@@ -48,7 +49,8 @@ class LayerPlan:
     """See `plans.Plan`. weights: what every compressed module of the result will be, on the meta device.
 
     folding: what is changed across modules before they are compressed, None if nothing is. budget: where the bits of
-    its modules are still to be chosen by measurement; those that they have are foreseen.
+    its modules are still to be chosen by measurement; those that they have are foreseen. takes_apart: experts are seen
+    one by one (`checkpoints.unfused`).
     """
 
     kind: str
@@ -67,6 +69,7 @@ class LayerPlan:
     result: Checkpoint
     folding: Folding | None = None
     budget: BitBudget | None = None
+    takes_apart: bool = False
 
     def rows(self) -> list[tuple[str, str, str, int, int, str]]:
         return [
@@ -100,6 +103,8 @@ def plan_layers(request: Request) -> LayerPlan:
     """
     stage, problems = request.stage, request.problems
     before = request.checkpoint.nbytes
+    request = with_experts(request)
+    apart = experts_note(request.checkpoint)
     folding, request = plan_rotation(request)
     checkpoint = request.checkpoint
     model = skeleton(checkpoint)
@@ -140,10 +145,16 @@ def plan_layers(request: Request) -> LayerPlan:
         disk_bytes=after + request.disk_before,
         needs_data=needs_data,
         propagate=getattr(stage.settings, "propagate", "compressed"),
-        notes=(*layout_note, *(folding.notes if folding else ()), *_notes(structure, modules, {**refused, **left})),
+        notes=(
+            *layout_note,
+            *apart,
+            *(folding.notes if folding else ()),
+            *_notes(structure, modules, {**refused, **left}),
+        ),
         result=_result(checkpoint, modules, weights),
         folding=folding,
         budget=foreseen.budget,
+        takes_apart=bool(apart),
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.checkpoints.target import partial_of, workspace_of
+from modelzip.checkpoints.unfused import unfused
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.weights.dense import Dense
 from modelzip.weights.float import Float
@@ -59,6 +60,7 @@ def run_layers(
     describe: makes modelzip.json from the records. Gradients must be off. Raises what the writer and the engine raise.
     """
     fingerprint = layer_fingerprint(context, plan)
+    source = unfused(source) if plan.takes_apart else source
     with CheckpointWriter.open(
         target, source=source, fingerprint=fingerprint, overwrite=overwrite, resume=resume
     ) as writer:

@@ -13,6 +13,7 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.skeleton import skeleton
 from modelzip.weights.affine import Affine
+from modelzip.weights.experts import UNFUSED
 from modelzip.weights.float import Float
 from modelzip.weights.int8 import Int8
 from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, portable
@@ -65,6 +66,8 @@ def _own_layout(checkpoint: Checkpoint, weights: Mapping[str, CompressedWeight],
     """What only modelzip's own layout says of the checkpoint as it is or will be, or ""."""
     config = checkpoint.quantization or {}
     linears = {linear.name: linear for block in structure.blocks for linear in block.linears}
+    if config.get(UNFUSED):
+        return "transformers opens experts one by one through modelzip alone"
     if config.get("shared") or any(linears[name].sharers for name in weights if name in linears):
         return "compressed-tensors holds no shared weights"
     own = config.get("modules", {}) if config.get("quant_method") == MODELZIP else {}

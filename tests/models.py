@@ -50,6 +50,9 @@ def _switch_experts(layer: int) -> tuple[str, ...]:
     return tuple(f"{experts}{expert}.{name}" for expert in range(4) for name in ("wi", "wo"))
 
 
+_FUSED = tuple(f"mlp.experts.{expert}.{name}" for expert in range(4) for name in ("gate_up_proj", "down_proj"))
+
+
 @dataclass(frozen=True)
 class Family:
     """A model class with a pico config, and the truth about its structure."""
@@ -60,6 +63,7 @@ class Family:
     stacks: dict[str, tuple[str, ...]]  # path of a list of blocks -> linears in each block
     left_alone: dict[str, str] = field(default_factory=dict)  # what must be reported as untouched -> reason (its start)
     tied: frozenset[str] = frozenset()
+    fused: tuple[str, ...] = ()  # in each block, the linears that its fused experts are taken apart into
 
     def build(self, *, seed: int = 0, **changes: Any) -> nn.Module:
         """The model in fp32 and eval mode, every parameter random: a wrong tensor anywhere shows in the logits."""
@@ -75,6 +79,11 @@ class Family:
     def expected_linears(self, *, layers: int = LAYERS) -> list[str]:
         blocks = [(f"{stack}.{index}", names) for stack, names in self.stacks.items() for index in range(layers)]
         return [f"{block}.{name}" for block, names in blocks for name in names]
+
+    def compressed_linears(self) -> list[str]:
+        """What a stage compresses that takes experts apart."""
+        blocks = [f"{stack}.{index}" for stack in self.stacks for index in range(LAYERS)]
+        return self.expected_linears() + [f"{block}.{name}" for block in blocks for name in self.fused]
 
 
 FAMILIES: dict[str, Family] = {
@@ -198,6 +207,7 @@ FAMILIES: dict[str, Family] = {
             "model.layers.0.mlp.experts.gate_up_proj": "fused experts",
             "model.layers.1.mlp.experts.down_proj": "fused experts",
         },
+        fused=_FUSED,
     ),
     "qwen2-moe": Family(
         *("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**_DECODER, **_EXPERTS, "shared_expert_intermediate_size": 24}),
@@ -207,10 +217,12 @@ FAMILIES: dict[str, Family] = {
             "model.layers.0.mlp.shared_expert_gate": "router",
             "model.layers.0.mlp.experts.gate_up_proj": "fused experts",
         },
+        fused=_FUSED,
     ),
     "qwen3-moe": Family(
         *("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_HEADED, **_EXPERTS}, {"model.layers": _ATTENTION}),
         {"model.layers.1.mlp.gate": "router", "model.layers.1.mlp.experts.down_proj": "fused experts"},
+        fused=_FUSED,
     ),
     "switch": Family(
         *("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -16,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .attributes import ATTRIBUTES, set_attributes
 from .dense import Dense
 from .embedding import embedding_of
+from .experts import UNFUSED, Experts, unfuse
 from .kinds import empty
 from .layouts import MODELZIP, VERSION, check_version
 from .linear import linear_of
@@ -28,7 +30,7 @@ class ModelzipConfig(QuantizationConfigMixin):
 
     modules: the meta of each compressed module's weight, by the module's name. shared: parameters and parts of
     compressed modules that aren't stored, each with the one that it is. attributes: numbers of heads that modules keep,
-    where they aren't config.json's.
+    where they aren't config.json's. unfused: modules whose experts are stored one by one.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ModelzipConfig(QuantizationConfigMixin):
         shared: Mapping[str, str] | None = None,
         version: int = VERSION,
         attributes: Mapping[str, Mapping[str, int]] | None = None,
+        unfused: Sequence[str] = (),
         **_: Any,
     ) -> None:
         check_version(version)
@@ -46,6 +49,8 @@ class ModelzipConfig(QuantizationConfigMixin):
         self.shared = dict(shared or {})
         if attributes:  # written back by save_pretrained, as it was
             self.attributes = dict(attributes)
+        if unfused:
+            self.unfused = list(unfused)
 
 
 @register_quantizer(MODELZIP)
@@ -63,6 +68,7 @@ class ModelzipQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         config = self.quantization_config
+        unfuse(model, filter(None, (located(model, path) for path in getattr(config, UNFUSED, ()))))
         compressed = set()
         for name, meta in config.modules.items():
             path = located(model, name)
@@ -77,12 +83,23 @@ class ModelzipQuantizer(HfQuantizer):
         _drop_ties(model, compressed)
         _tie(model, config.shared)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Without those that would put experts together, where the model has them one by one."""
+        apart = ((path, one) for path, one in model.named_modules() if isinstance(one, Experts))
+        gone = [f"{path}.{leaf}" for path, experts in apart for leaf in experts.parts]
+        kept = [one for one in weight_conversions if not (isinstance(one, WeightConverter) and _makes(one, gone))]
+        return super().update_weight_conversions(kept, model)  # type: ignore[no-any-return, no-untyped-call]
+
     @property
     def is_trainable(self) -> bool:
         return False
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+
+def _makes(converter: WeightConverter, names: Sequence[str]) -> bool:
+    return any(name.endswith(target) for target in converter.target_patterns for name in names)
 
 
 def located(model: nn.Module, module: str) -> str | None:

@@ -13,6 +13,7 @@ from modelzip.compressors.distill.settings_students import BiLstm, FastBert, Lsq
 from modelzip.recipes.match import matches
 from modelzip.recipes.schema import Recipe, Stage
 from modelzip.weights.exits import ExitsConfig
+from modelzip.weights.experts import UNFUSED
 
 from ..calibrate import longest
 from ..data_kind import kind_of
@@ -38,6 +39,8 @@ def check_stage(stage: Stage, source: Checkpoint, problems: Problems) -> None:
     is_learned = isinstance(settings, Lsq)  # codes that come in are learned from there: see `changes`
     if isinstance(settings, FastBert) and source.quantization is not None:
         problems.add(f"{source.source} is compressed, and exits are put on an ordinary classifier: do that first.")
+    elif (source.quantization or {}).get(UNFUSED):
+        problems.add(f"{source.source} holds its experts one by one: train it first, and compress it then.")
     elif not is_new(settings) and not is_learned and (reason := untrainable(source)) is not None:
         problems.add(f"{source.source} {reason}: train it first, and compress it then.")
 
