@@ -18,6 +18,7 @@ from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.weights.dense import Dense
 from modelzip.weights.float import Float
 from modelzip.weights.layouts import MODELZIP, decoder, quantization_config, stored_tensors
+from modelzip.weights.value import dtype_name
 
 from .calibrate import batches, forward_inputs
 from .choose_bits import settled
@@ -94,7 +95,7 @@ def run_layers(
             job, streamed, data if looks else [], writer=writer, clock=context.clock, progress=context.progress
         )
         records = {name: record for part in writer.done.values() for name, record in part["modules"].items()}
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        config = _dense_config(source)
         if (quantization := _quantization(plan, source, streamed, records)) is not None:
             config["quantization_config"] = quantization
         begin = time.perf_counter()
@@ -151,6 +152,13 @@ def _folded(
     off = require_same(view, source, seed=seed, device=context.device)
     context.progress.say(f"what is folded between modules changes the model's output by {off:.1g}, before any rounding")
     return view, notes
+
+
+def _dense_config(source: Checkpoint) -> dict[str, Any]:
+    """config.json without what it says of compressed modules, the type of the others named: where it isn't,
+    transformers takes that of the first tensor that it meets, which may be of codes."""
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    return config if {"dtype", "torch_dtype"} & config.keys() else {**config, "dtype": dtype_name(source.dtype)}
 
 
 def _quantization(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from modelzip.checkpoints.errors import OutputError, ProblemsError, RecipeError
+from modelzip.checkpoints.errors import ModelzipError, OutputError, ProblemsError, RecipeError
 from modelzip.checkpoints.target import partial_of
 from modelzip.evaluation.gates import Gate, parse_gates
 from modelzip.evaluation.quality import HIGHER
@@ -72,7 +72,8 @@ def run_sweep(
     skip_invalid: bool = False,
     progress: Progress,
 ) -> SweepReport:
-    """Run all that isn't done, and write the table of all runs into the folder. Raises ModelzipError and its kinds.
+    """Run all that isn't done, and write the table of all runs into the folder. Raises ModelzipError and its kinds; for
+    runs that fail when the others are done and in the table.
 
     keep: whose weights stay: of all runs, of those on the Pareto front, or of none. Reports stay.
     """
@@ -86,21 +87,32 @@ def run_sweep(
     _check_disk(planned, reports, folder, keep)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
+    failed: list[Skipped] = []
     for number, one in enumerate(runs, 1):
         if one.name in reports:
             progress.say(f"run {number} of {len(runs)}, {one.name}, is finished already")
             continue
         progress.say(f"run {number} of {len(runs)}, {one.name}")
         output = folder / one.name
-        result = run_recipe(one.recipe, output=output, overwrite=overwrite, resume=resume, progress=progress)
+        try:
+            result = run_recipe(one.recipe, output=output, overwrite=overwrite, resume=resume, progress=progress)
+        except ModelzipError as error:
+            failed.append(Skipped(one.name, str(error)))
+            progress.say(f"run {one.name} failed: {error}")
+            continue
         assert result.report is not None, "this is the only process"
         reports[one.name] = result.report
         _check_alike(runs, reports)
         _drop(_finished(runs, reports, folder), keep, folder)
-    _restore(runs, reports, keep, folder, progress=progress)
-    _drop(_finished(runs, reports, folder), keep, folder)
-    report = _report(sweep, _finished(runs, reports, folder), gates, planned.skipped)
-    write_sweep(folder, report)
+    if reports:
+        _restore(runs, reports, keep, folder, progress=progress)
+        _drop(_finished(runs, reports, folder), keep, folder)
+        report = _report(sweep, _finished(runs, reports, folder), gates, (*planned.skipped, *failed))
+        write_sweep(folder, report)
+    if failed:
+        others = f"the others are in {folder / FILES[1]}; " if reports else ""
+        told = [f"run {one.name} failed: {one.reason}" for one in failed]
+        raise ProblemsError([*told, f"{others}--resume tries what failed again."])
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -150,3 +151,15 @@ def test_columns_that_are_no_whole_blocks_are_left_alone_with_the_reason(speakin
     stages = {"factorize": {"method": "svd", "rank": 12}}, MX
     with pytest.raises(ModelzipError, match="12 columns aren't whole blocks of 32"):
         plan_recipe(recipe_of(speaking("llama"), *stages), output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("grid", ["mxfp4", "nvfp4", "fp8-e4m3"])
+def test_a_model_whose_config_names_no_type_opens_in_that_of_its_weights(saved, compress, tmp_path, grid):
+    folder = shutil.copytree(saved("bert"), tmp_path / "untyped")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config))
+    size = {"mxfp4": 32, "nvfp4": 16, "fp8-e4m3": "channel"}[grid]
+    stage = {"method": "rtn", "grid": grid, "group_size": size, "ignore": ["*.output.dense"]}
+    compress(folder, tmp_path / "out", stage)
+    assert transformers.AutoModel.from_pretrained(tmp_path / "out").dtype == torch.float32

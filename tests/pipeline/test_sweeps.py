@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from modelzip.checkpoints.errors import CheckpointError, MachineError, OutputError, ProblemsError, RecipeError
+from modelzip.checkpoints.errors import (
+    CheckpointError,
+    MachineError,
+    ModelzipError,
+    OutputError,
+    ProblemsError,
+    RecipeError,
+)
 from modelzip.evaluation.sweep import SweepReport
 from modelzip.pipeline import room
 from modelzip.pipeline.run import run_recipe
@@ -154,6 +161,27 @@ def test_a_killed_sweep_goes_on_with_the_run_that_was_stopped(
     assert weights_of(folder) == weights_of(whole[0])
     assert {run.name: run.quality for run in report.runs} == {run.name: run.quality for run in whole[1].runs}
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_being_made(whole, sweep, go, monkeypatch, tmp_path):
+    def failing(recipe: Any, **options: Any) -> Any:
+        if recipe.stages[0].settings.label == "gptq-2bit":
+            raise OutputError("No room is left.")
+        return run_recipe(recipe, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modelzip.pipeline.sweeps.run_recipe", failing)
+        with pytest.raises(ModelzipError) as told:
+            go(sweep, tmp_path / "sweep")
+    assert str(told.value).splitlines() == [
+        "run gptq-2bit failed: No room is left.",
+        f"the others are in {tmp_path / 'sweep' / 'sweep.md'}; --resume tries what failed again.",
+    ]
+    assert reports(tmp_path / "sweep") == {*NAMES} - {"gptq-2bit"}
+    assert "No room is left" in (tmp_path / "sweep" / "sweep.md").read_text()
+    report = go(sweep, tmp_path / "sweep", resume=True)
+    assert len(report.runs) == len(NAMES)
+    assert weights_of(tmp_path / "sweep") == weights_of(whole[0])
 
 
 def test_a_sweep_killed_between_two_runs_repeats_none_of_them(whole, sweep, go, finished):
