@@ -1,12 +1,12 @@
 """The bits of each matrix, chosen by what every width of it would cost the model.
 
-Two passes over the calibration text. The first, with the whole model in memory, finds how much the output turns on what
-each linear puts out (`curvature`). The second streams the blocks: each matrix is compressed at every width that it may
-get, and the error weighed by its inputs and by that. A knapsack then finds the least loss for the size (or the least
-size for the loss), linears that share an input taken as one, since engines fuse them.
+The calibration text is parted in two. With one part, the blocks are streamed and each matrix is compressed at every
+width that it may get, which says by how much more or less each width is off. With the other, which no width was fitted
+to, and the whole model in memory, the error of one width of each matrix is weighed by what it costs the output
+(`cost_of_errors`). A knapsack then finds the least loss for the size (or the least size for the loss), linears that
+share an input taken as one, since engines fuse them.
 
-Losses are those of one matrix alone, everything else as in the original, and are summed up: what all errors do together
-is more than their sum, but falls and rises with it.
+Losses are those of one matrix alone, everything else as in the original, and are summed up.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,11 +30,12 @@ from modelzip.checkpoints.streamed import StreamedModel, start
 from modelzip.checkpoints.walk import Walk
 from modelzip.compressors.quantize.allocate import frontier
 from modelzip.evaluation.bits_report import CHOICE
+from modelzip.weights.value import CompressedWeight
 
 from . import solve
 from .bit_budget import BitBudget, at_bits
 from .context import Context
-from .curvature import output_curvature
+from .cost_of_errors import costs_of_errors
 from .hessian import finish
 from .inputs import sums_of_inputs
 from .layer_plan import LayerPlan
@@ -45,14 +45,15 @@ from .solve import Statistic
 from .whole import compute_dtype
 
 SAMPLES = 16
-"""Windows of the calibration text, at most, whose gradients are looked at."""
+"""Windows of the calibration text, at most, on which errors are weighed."""
+USUAL_BITS: Final = 4
 FILE: Final = "bits.json"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """bits: of each matrix. loss: what the choice is expected to cost, in nats an output (see `curvature`). nbytes: of
-    these matrices. uniform: nbytes and loss of each width for all matrices."""
+    """bits: of each matrix. loss: what the choice is expected to cost, in nats an output (see `cost_of_errors`).
+    nbytes: of these matrices. uniform: nbytes and loss of each width for all matrices."""
 
     bits: Mapping[str, int]
     loss: float
@@ -89,6 +90,23 @@ class Forms:
     sizes: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Tried:
+    """One matrix at each width. input: as in `Forms`. errors: the mean square of what its outputs are off by, summed
+    over outputs, where tokens arrive. made: it at the width number `at`, None where nothing is lost."""
+
+    input: str
+    errors: tuple[float, ...]
+    sizes: tuple[int, ...]
+    at: int
+    made: CompressedWeight | None
+
+    def forms(self, cost: float) -> Forms:
+        """cost: of `made`, in nats an output."""
+        scale = cost / self.errors[self.at] if self.made is not None else 0.0
+        return Forms(self.input, tuple(scale * error for error in self.errors), self.sizes)
+
+
 def settled(
     plan: LayerPlan,
     streamed: StreamedModel,
@@ -110,8 +128,10 @@ def settled(
     if file.is_file():
         choice = Choice(**json.loads(file.read_text()))
     else:
-        curvature = _curvature(plans, streamed.checkpoint, data, context)
-        forms = _all_forms(plans, plan.budget, streamed, streamed.walk(data, **spill), curvature, context)
+        fitted_to, others = parted(data)
+        tried = _try_all(plans, plan.budget, streamed, streamed.walk(fitted_to, **spill), context)
+        costs = _costs(plans, tried, streamed.checkpoint, others, context)
+        forms = {name: one.forms(costs.get(name, 0.0)) for name, one in tried.items()}
         choice = chosen(forms, plan.budget)
         _keep(file, choice)
     context.progress.say(choice.said())
@@ -126,38 +146,62 @@ def _keep(file: Path, choice: Choice) -> None:
     os.replace(draft, file)
 
 
-def _curvature(
-    plans: Mapping[str, ModulePlan], source: Checkpoint, data: Sequence[Mapping[str, Tensor]], context: Context
-) -> dict[str, Tensor]:
+def parted(
+    data: Sequence[Mapping[str, Tensor]],
+) -> tuple[list[Mapping[str, Tensor]], list[Mapping[str, Tensor]]]:
+    """The batches that widths are fitted to, and texts one by one, at most half of all, that errors are weighed on.
+
+    A single text serves for both.
+    """
+    texts: list[Mapping[str, Tensor]] = [
+        {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        for batch in data
+        for row in range(len(next(iter(batch.values()))))
+    ]
+    count = min(SAMPLES, len(texts) // 2)
+    if count == 0:
+        return list(data), texts
+    left = len(texts) - count
+    kept: list[Mapping[str, Tensor]] = []
+    for batch in data:
+        size = min(left, len(next(iter(batch.values()))))
+        if size:
+            kept.append({name: tensor[:size] for name, tensor in batch.items()})
+        left -= size
+    return kept, texts[-count:]
+
+
+def _costs(
+    plans: Mapping[str, ModulePlan],
+    tried: Mapping[str, Tried],
+    source: Checkpoint,
+    texts: Sequence[Mapping[str, Tensor]],
+    context: Context,
+) -> dict[str, float]:
+    """What the errors of the widths that were kept cost."""
     model = load_whole(source, dtype=compute_dtype(context.recipe, source, context.device), device=context.device)
-    rows = islice((row for batch in data for row in _rows(batch)), SAMPLES)
-    few = [{name: tensor.to(context.device) for name, tensor in row.items()} for row in rows]
-    modules = {module: name for name, plan in plans.items() for module in (name, *plan.linear.sharers)}
+    lossy = {name: one.made for name, one in tried.items() if one.made is not None}
+    modules = {module: name for name in lossy for module in (name, *plans[name].linear.sharers)}
     generator = torch.Generator().manual_seed(context.recipe.seed)
+    given = [{name: tensor.to(context.device) for name, tensor in text.items()} for text in texts]
+
+    def error(name: str) -> Tensor:
+        weight: Tensor = model.get_submodule(name).weight.detach().float()
+        return lossy[name].dense(torch.float32).to(weight) - (weight.T if plans[name].linear.transposed else weight)
 
     def step(done: int) -> None:
-        context.progress.step("gradients", done, len(few))
+        context.progress.step("gradients", done, len(given))
 
-    return output_curvature(model, modules, few, generator, step=step)
-
-
-def _rows(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """A batch's samples, one by one."""
-    for row in range(len(next(iter(batch.values())))):
-        yield {name: tensor[row : row + 1] for name, tensor in batch.items()}
+    return costs_of_errors(model, modules, error, given, generator, step=step)
 
 
-def _all_forms(
-    plans: Mapping[str, ModulePlan],
-    budget: BitBudget,
-    streamed: StreamedModel,
-    walk: Walk,
-    curvature: Mapping[str, Tensor],
-    context: Context,
-) -> dict[str, Forms]:
-    """What each width of each matrix would cost; the walk is used up."""
-    forms: dict[str, Forms] = {}
+def _try_all(
+    plans: Mapping[str, ModulePlan], budget: BitBudget, streamed: StreamedModel, walk: Walk, context: Context
+) -> dict[str, Tried]:
+    """Each matrix at every width; the walk is used up."""
+    found: dict[str, Tried] = {}
     blocks = streamed.structure.blocks
+    at = usual_width(plans.values(), budget)
     last = max(n for n, block in enumerate(blocks) if any(one.name in plans for one in block.linears))
     try:
         start(walk, streamed)
@@ -165,26 +209,36 @@ def _all_forms(
             context.progress.step("measure", number, last + 1, block.name)
             mine = {one.name: plans[one.name] for one in block.linears if one.name in plans}
             if mine:
-                forms |= _measured(mine, budget, streamed, walk, block, curvature=curvature, seed=context.recipe.seed)
+                found |= _tried(mine, budget, streamed, walk, block, at=at, seed=context.recipe.seed)
             else:
                 streamed.through(walk, block)
         context.progress.step("measure", last + 1, last + 1)
     finally:
         walk.close()
-    return forms
+    return found
 
 
-def _measured(
+def usual_width(plans: Iterable[ModulePlan], budget: BitBudget) -> int:
+    """The number of the width at which all matrices together come nearest to the budget; of 4 bits if it is no size."""
+    widths = range(len(budget.candidates))
+    if budget.nbytes is None:
+        return min(widths, key=lambda width: abs(budget.candidates[width] - USUAL_BITS))
+    nbytes, every = budget.nbytes, list(plans)
+    sizes = [sum(at_bits(plan, bits).after.nbytes for plan in every) for bits in budget.candidates]
+    return min(widths, key=lambda width: abs(sizes[width] - nbytes))
+
+
+def _tried(
     plans: Mapping[str, ModulePlan],
     budget: BitBudget,
     streamed: StreamedModel,
     walk: Walk,
     block: Block,
     *,
-    curvature: Mapping[str, Tensor],
+    at: int,
     seed: int,
-) -> dict[str, Forms]:
-    """Of the matrices of one block, through which all batches run as it is."""
+) -> dict[str, Tried]:
+    """The matrices of one block, through which all batches run as it is."""
     streamed.load(block)
     sums = sums_of_inputs(streamed, walk, block, dict.fromkeys(plans, True))
     first = {id(one): name for name, one in reversed(sums.items())}  # the first linear that is handed the same tensor
@@ -195,39 +249,37 @@ def _measured(
     for name, plan in plans.items():
         key = first[id(sums[name])] if name in sums else name
         weight = streamed.weight(name).float().contiguous()
-        costs = _costs(
-            plan, budget, weight, shared.get(key), curvature.get(name), source=streamed.checkpoint, seed=seed
-        )
-        found[name] = Forms(key, *costs)
+        made = _widths(plan, budget, weight, shared.get(key), source=streamed.checkpoint, seed=seed)
+        sizes = tuple(at_bits(plan, bits).after.nbytes for bits in budget.candidates)
+        errors = tuple(error for error, _ in made) or (0.0,) * len(sizes)
+        lossy = [width for width, error in enumerate(errors) if error > 0]
+        kept = at if at in lossy else max(lossy, default=at)
+        found[name] = Tried(key, errors, sizes, kept, made[kept][1] if lossy else None)
     streamed.free(block)
     return found
 
 
-def _costs(
+def _widths(
     plan: ModulePlan,
     budget: BitBudget,
     weight: Tensor,
     statistic: Statistic | None,
-    curvature: Tensor | None,
     *,
     source: Checkpoint,
     seed: int,
-) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Losses and bytes of weight [out, in] at each width. Where no token arrives, nothing is lost."""
+) -> list[tuple[float, CompressedWeight | None]]:
+    """Weight [out, in] at each width, with its error (see `Tried`); empty where no token arrives: nothing is lost."""
+    if statistic is None or statistic.hessian is None:
+        return []
     job = solve.Job(value_dtype(plan.before), None, seed)
     now = stored_weight(plan, source)
-    losses, sizes = [], []
+    found = []
     for bits in budget.candidates:
-        changed = at_bits(plan, bits)
-        sizes.append(changed.after.nbytes)
-        if statistic is None or curvature is None or statistic.hessian is None:
-            losses.append(0.0)
-            continue
-        made = solve.solve(plan.name, weight, now, settings=changed.settings, statistic=statistic, job=job).weight
+        settings = at_bits(plan, bits).settings
+        made = solve.solve(plan.name, weight, now, settings=settings, statistic=statistic, job=job).weight
         lost = weight - (weight if made is None else made.dense(torch.float32))
-        rows = ((lost @ statistic.hessian) * lost).sum(1).clamp(min=0)
-        losses.append(float(rows @ curvature) / 2)
-    return tuple(losses), tuple(sizes)
+        found.append((float(((lost @ statistic.hessian) * lost).sum().clamp(min=0)), made))
+    return found
 
 
 def chosen(forms: Mapping[str, Forms], budget: BitBudget) -> Choice:

@@ -126,7 +126,8 @@ def plan_layers(request: Request) -> LayerPlan:
     needed += sum(_also_held(module) for module in modules) + memory_held(folding, checkpoint, modules, structure)
     needed += tuning_bytes(request.recipe, checkpoint, structure, model.config, modules)
     if foreseen.budget is not None:
-        needed = max(needed, BASE_BYTES + gradient_bytes(request.recipe, checkpoint, batch_size=1))
+        kept = sum(module.after.nbytes for module in modules)
+        needed = max(needed, BASE_BYTES + kept + gradient_bytes(request.recipe, checkpoint, batch_size=1))
     if modules and after >= before:
         problems.append(
             f"{request.where}: the output ({after:,} bytes) would not be smaller than the input ({before:,} bytes); "
