@@ -17,6 +17,7 @@ from .attributes import ATTRIBUTES, set_attributes
 from .dense import Dense
 from .embedding import embedding_of
 from .kinds import empty
+from .kv_cache import SCALES, CacheScheme, round_cached
 from .layouts import MODELZIP, VERSION, check_version
 from .linear import linear_of
 from .module import CompressedModule
@@ -28,7 +29,8 @@ class ModelzipConfig(QuantizationConfigMixin):
 
     modules: the meta of each compressed module's weight, by the module's name. shared: parameters and parts of
     compressed modules that aren't stored, each with the one that it is. attributes: numbers of heads that modules keep,
-    where they aren't config.json's.
+    where they aren't config.json's. kv_cache_scheme, kv_cache_scales: how keys and values are rounded as they are
+    cached, and by how many scales in which module.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class ModelzipConfig(QuantizationConfigMixin):
         shared: Mapping[str, str] | None = None,
         version: int = VERSION,
         attributes: Mapping[str, Mapping[str, int]] | None = None,
+        kv_cache_scheme: Mapping[str, Any] | None = None,
+        kv_cache_scales: Mapping[str, int] | None = None,
         **_: Any,
     ) -> None:
         check_version(version)
@@ -46,6 +50,9 @@ class ModelzipConfig(QuantizationConfigMixin):
         self.shared = dict(shared or {})
         if attributes:  # written back by save_pretrained, as it was
             self.attributes = dict(attributes)
+        if kv_cache_scheme:
+            self.kv_cache_scheme = dict(kv_cache_scheme)
+            self.kv_cache_scales = dict(kv_cache_scales or {})
 
 
 @register_quantizer(MODELZIP)
@@ -74,6 +81,7 @@ class ModelzipQuantizer(HfQuantizer):
             if isinstance(module, CompressedModule):
                 compressed.add(f"{path}.weight")
         set_attributes(model, getattr(config, ATTRIBUTES, {}))
+        _round_cache(model, config)
         _drop_ties(model, compressed)
         _tie(model, config.shared)
 
@@ -83,6 +91,15 @@ class ModelzipQuantizer(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+
+def _round_cache(model: nn.Module, config: ModelzipConfig) -> None:
+    """Have attention modules round keys and values, if the config says so."""
+    scheme = CacheScheme.of(vars(config))
+    for name, count in getattr(config, SCALES, {}).items() if scheme is not None else ():
+        path = located(model, name)
+        if path is not None and scheme is not None:
+            round_cached(model.get_submodule(path), scheme, count)
 
 
 def located(model: nn.Module, module: str) -> str | None:
