@@ -1,12 +1,14 @@
 """The scales of what a model caches: one more pass of the calibration text, through the compressed model.
 
 What is cached is what the compressed projections put out, so the blocks are those that were written. Keys and values
-are not rounded in this pass: a layer's are those that it has with the ones before it as they are.
+are not rounded in this pass, nor are inputs of linears: a layer's are those that it has with the ones before it as they
+are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import Tensor
@@ -17,7 +19,7 @@ from modelzip.checkpoints.walk import Walk
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.compressors.quantize.cache_scales import Sizes, cache_scales, squared_error, squares
 from modelzip.evaluation.cache_report import CACHE
-from modelzip.weights.kv_cache import K_SCALE, V_SCALE, change_cached
+from modelzip.weights.kv_cache import K_SCALE, V_SCALE, Change, change_cached
 
 from .cache_plan import CachePlan
 from .earlier import restore, restore_shared
@@ -29,7 +31,7 @@ PART: Final = CACHE
 
 
 class _Seen:
-    """Keys and values that went by: their sizes by module, and how often they came."""
+    """Keys and values that went by in a block: their sizes by module, and how often they came."""
 
     def __init__(self, heads: Mapping[str, int]) -> None:
         self.keys = {name: Sizes.none(count) for name, count in heads.items()}
@@ -37,7 +39,7 @@ class _Seen:
         self.calls = 0
         self.tokens = 0
 
-    def watcher(self, name: str) -> Any:
+    def watcher(self, name: str) -> Change:
         """A change that changes nothing."""
 
         def watch(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,46 @@ def _by_head(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1)
 
 
+@dataclass
+class _Found:
+    """Of the blocks so far. tensors: the scales, by name. off, whole: the sums of the squares of what rounding changes,
+    and of all that is cached, by side."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    off: dict[str, float] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+
+    def add(self, plan: CachePlan, seen: _Seen) -> None:
+        """Choose the scales of a block."""
+        for side, leaf, by_module in (("keys", K_SCALE, seen.keys), ("values", V_SCALE, seen.values)):
+            for name, by_head in by_module.items():
+                sizes = by_head if plan.scheme.strategy == "attn_head" else by_head.joined()
+                scales = cache_scales(sizes, plan.scheme).to(plan.dtype)
+                self.tensors[plan.stems[name] + leaf] = scales.reshape(plan.scheme.shape(plan.scales[name]))
+                off = float(squared_error(sizes, scales.double(), plan.scheme).sum())
+                self.off[side] = self.off.get(side, 0.0) + off
+                self.whole[side] = self.whole.get(side, 0.0) + float(squares(sizes).sum())
+        self.tokens += seen.tokens
+
+    def record(self, plan: CachePlan) -> dict[str, Any]:
+        """What the report says."""
+        before, after = plan.bytes_per_token
+        errors = {side: (self.off[side] / whole) ** 0.5 if whole else 0.0 for side, whole in self.whole.items()}
+        return {
+            "codes": plan.scheme.codes,
+            "bits": plan.scheme.bits,
+            "bits_before": plan.full_bits,
+            "scales": "layer" if plan.scheme.strategy == "tensor" else "head",
+            "layers": len(plan.scales),
+            "bytes_per_token": after,
+            "bytes_per_token_before": before,
+            "tokens": self.tokens // len(plan.scales),
+            "error_of_keys": errors["keys"],
+            "error_of_values": errors["values"],
+        }
+
+
 def write_scales(
     plan: CachePlan,
     job: Job,
@@ -68,10 +110,10 @@ def write_scales(
     are written already. Gradients must be off. Nothing is done where an earlier run has written the part."""
     if PART in writer.done:
         return
-    seen = _Seen(plan.heads)
+    found = _Found()
     blocks = streamed.structure.blocks
-    inside = {block.name: [name for name in plan.heads if name.startswith(f"{block.name}.")] for block in blocks}
-    last = max(number for number, block in enumerate(blocks) if inside[block.name])
+    inside = [{name: plan.heads[name] for name in plan.heads if name.startswith(f"{one.name}.")} for one in blocks]
+    last = max(number for number, heads in enumerate(inside) if heads)
     walk = streamed.walk(batches, spill_limit=job.spill_limit, spill_folder=job.spill_folder)
     try:
         start(walk, streamed)
@@ -80,13 +122,14 @@ def write_scales(
             _load(job, streamed, block, writer)
             if number == last:  # what comes after its attention isn't needed
                 walk.stop_at(linear.name for linear in block.linears)
-            _run(streamed, walk, block, inside[block.name], seen, is_last=number == last)
+            seen = _Seen(inside[number])
+            _run(streamed, walk, block, seen, is_last=number == last)
+            found.add(plan, seen)
             streamed.free(block)
         progress.step("cache", len(blocks), len(blocks))
     finally:
         walk.close()
-    tensors, record = _chosen(plan, seen)
-    writer.write_part(PART, tensors, replaces=(), record={"modules": {}, CACHE: record})
+    writer.write_part(PART, found.tensors, replaces=(), record={"modules": {}, CACHE: found.record(plan)})
 
 
 def _load(job: Job, streamed: StreamedModel, block: Block, writer: CheckpointWriter) -> None:
@@ -98,13 +141,11 @@ def _load(job: Job, streamed: StreamedModel, block: Block, writer: CheckpointWri
         restore(streamed, block, plans, writer)
 
 
-def _run(
-    streamed: StreamedModel, walk: Walk, block: Block, names: Sequence[str], seen: _Seen, *, is_last: bool
-) -> None:
+def _run(streamed: StreamedModel, walk: Walk, block: Block, seen: _Seen, *, is_last: bool) -> None:
     """Let all batches through the block, of the last one only until its keys and values were seen."""
-    handles = [change_cached(streamed.model.get_submodule(name), seen.watcher(name)) for name in names]
+    handles = [change_cached(streamed.model.get_submodule(name), seen.watcher(name)) for name in seen.keys]
     for batch in range(len(walk)):
-        wanted = seen.calls + len(names)
+        wanted = seen.calls + len(seen.keys)
         while (here := walk.at[batch].module) is not None and f"{here}.".startswith(f"{block.name}."):
             if is_last and seen.calls >= wanted:
                 walk.leave(batch)
@@ -114,35 +155,3 @@ def _run(
     for handle in handles:
         if handle is not None:
             handle.remove()
-
-
-def _chosen(plan: CachePlan, seen: _Seen) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The scales by the tensors' names, and the record for the report."""
-    tensors: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
-    for side, leaf, found in (("keys", K_SCALE, seen.keys), ("values", V_SCALE, seen.values)):
-        off = whole = 0.0
-        for name, by_head in found.items():
-            sizes = by_head if plan.scheme.strategy == "attn_head" else by_head.joined()
-            scales = cache_scales(sizes, plan.scheme).to(plan.dtype)
-            tensors[plan.stems[name] + leaf] = scales.reshape(plan.scheme.shape(plan.scales[name]))
-            off += float(squared_error(sizes, scales.double(), plan.scheme).sum())
-            whole += float(squares(sizes).sum())
-        errors[side] = (off / whole) ** 0.5 if whole else 0.0
-    before, after = plan.bytes_per_token
-    record = {
-        "codes": plan.scheme.codes,
-        "bits": plan.scheme.bits,
-        "bits_before": plan.full_bits,
-        "scales": "layer" if plan.scheme.strategy == "tensor" else "head",
-        "layers": len(plan.scales),
-        "bytes_per_token": after,
-        "bytes_per_token_before": before,
-        "tokens": seen.tokens // len(plan.scales),
-        "error_of_keys": errors["keys"],
-        "error_of_values": errors["values"],
-    }
-    return tensors, record
-
-
-__all__ = ["PART", "write_scales"]
