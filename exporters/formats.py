@@ -79,6 +79,7 @@ PACKAGES: Final = MappingProxyType({"llama_cpp": "llama-cpp-python"})
 
 def refusal(request: Request, format: str) -> str | None:
     """Why the checkpoint can't be written so, with the formats that can hold it; from headers alone. None if it can."""
+    request = replace(request, checkpoint=held(request.checkpoint, format))
     checkpoint = request.checkpoint
     if lacking := _lacking(FORMATS[format].writers):
         return f"To write {format}, install {lacking}: pip install 'modelzip[export]'."

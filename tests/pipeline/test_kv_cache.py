@@ -17,6 +17,7 @@ from modelzip.evaluation.cache_report import CACHE
 from modelzip.exporters.formats import export, refusal
 from modelzip.exporters.request import Request
 from modelzip.pipeline.exported import check_export
+from modelzip.pipeline.inspection import inspect_models
 from modelzip.pipeline.measure import streamed_model
 from modelzip.pipeline.run import plan_recipe
 
@@ -152,9 +153,11 @@ def test_the_report_and_the_plan_say_what_a_token_takes(made, speaking, recipe_o
     scales = 2 * 2 * heads * 4
     (plain,) = plan_recipe(recipe_of(speaking("llama"), INT8), output=tmp_path / "out")
     assert plan.bytes_after - plain.bytes_after == scales
-    assert report["size"]["parameters"] == sum(
-        parameter.numel() for parameter in transformers.LlamaForCausalLM.from_pretrained(speaking("llama")).parameters()
-    )
+    original = transformers.LlamaForCausalLM.from_pretrained(speaking("llama"))
+    parameters = sum(parameter.numel() for parameter in original.parameters())
+    assert report["size"]["parameters"] == parameters
+    (inspected,) = inspect_models([Checkpoint.open(str(folder))], batch_size=1, seq_len=4, device=None)
+    assert (inspected["parameters"], inspected["bytes"]) == (parameters, report["size"]["bytes_after"])
 
 
 def test_words_and_scales_are_those_that_engines_read(made, tensors_of):
