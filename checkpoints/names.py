@@ -93,6 +93,10 @@ class NameMap:
                 found.update(dict.fromkeys(self._parts.get(owner.removesuffix(".weight"), {}).values()))
         return list(found)
 
+    def stored(self) -> list[str]:
+        """Parameters that the checkpoint holds as they are, and those that it holds compressed."""
+        return [*self._direct, *(f"{module}.weight" for module in self._parts)]
+
     def conversion(self, name: str) -> Conversion | None:
         return self._conversions.get(name)
 

@@ -21,6 +21,7 @@ from modelzip.weights.plugin import compressed_module, located
 from modelzip.weights.students import OWN_MODELS
 from modelzip.weights.value import dtype_name
 
+from .cached import round_cache
 from .errors import CheckpointError
 from .index import Checkpoint
 
@@ -29,7 +30,10 @@ UNBUILT: Final = (ArithmeticError, AttributeError, ImportError, LookupError, Run
 
 
 def skeleton(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
-    """The model with parameters on the meta device, real buffers (the persistent ones unset), in eval mode."""
+    """The model with parameters on the meta device, real buffers (the persistent ones unset), in eval mode.
+
+    It rounds what it caches where the checkpoint says so.
+    """
     config_class, model_class = _classes(checkpoint)
     plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     try:
@@ -47,6 +51,7 @@ def skeleton(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> t
         set_attributes(model, (checkpoint.quantization or {}).get(ATTRIBUTES, {}))
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: {error}.") from None
+    round_cache(model, checkpoint)
     model.requires_grad_(False)
     model.train(False)
     return model

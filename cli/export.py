@@ -75,11 +75,16 @@ def _export(values: Mapping[str, Any]) -> None:
     size = written.nbytes
     if values["json"]:
         told: dict[str, Any] = {"output": str(written.path), "format": asked.format, "scheme": asked.scheme}
-        told |= {"bytes_before": checkpoint.nbytes, "bytes_after": size, "rounded": list(written.rounded)}
+        told |= {
+            "bytes_before": checkpoint.nbytes,
+            "bytes_after": size,
+            "rounded": list(written.rounded),
+            "notes": list(written.notes),
+        }
         write_json({**told, "verification": verification, "url": url})
         return
     write(f"output: {written.path} ({checkpoint.nbytes / 1e6:,.2f} MB → {size / 1e6:,.2f} MB)")
-    for line in (*written.rounded, said(verification), *([f"uploaded: {url}"] if url else [])):
+    for line in (*written.rounded, *written.notes, said(verification), *([f"uploaded: {url}"] if url else [])):
         write(line)
 
 

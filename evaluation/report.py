@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from modelzip.checkpoints.errors import RecipeError
 
 from .bits_report import bits_lines
+from .cache_report import cache_lines
 from .exits_report import exits_table
 from .fallbacks import gathered
 from .markdown import code as _code
@@ -86,6 +87,7 @@ def report_parts(report: Report) -> list[Part]:
         task_table(() if report.evaluation is None else report.evaluation.tasks),
         _speed(report.evaluation),
         bits_lines(report.stages),
+        cache_lines(report.stages),
         training_lines(report.stages),
         _cost(report),
         _protocol(report),

@@ -90,7 +90,8 @@ class StageResult(Section):
         default_factory=dict,
         description="What it did: of training data, teacher, steps, losses, the best and the kept measurement and the "
         "curve; of structural pruning what was removed, by module; of bits chosen by measurement how many matrices got "
-        "which, and the expected losses; empty where it is told in modules",
+        "which, and the expected losses; of a rounded cache its codes, bytes a token and errors; empty where it is "
+        "told in modules",
     )
 
 

@@ -14,13 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from modelzip.checkpoints.blocks import Linear, find_structure
+from modelzip.checkpoints.cached import DENSE_WEIGHTS, scales_of, scheme_of, unopened_by_compressed_tensors
 from modelzip.checkpoints.errors import CheckpointError
+from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.quantize.grid import fit_grid
 from modelzip.recipes.export_formats import AUTO
 from modelzip.weights.affine import Affine
 from modelzip.weights.float import Float
 from modelzip.weights.int8 import Int8, eight_bit_config
-from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, portable, quantization_config, stored_tensors
+from modelzip.weights.kv_cache import SCHEME
+from modelzip.weights.layouts import (
+    COMPRESSED_TENSORS,
+    MODELZIP,
+    opened_dense,
+    portable,
+    quantization_config,
+    stored_tensors,
+)
 from modelzip.weights.small_floats import E4M3
 from modelzip.weights.value import CompressedWeight
 
@@ -57,6 +67,8 @@ def misfit(source: Source, scheme: str) -> str | None:
     found = {name: weight.meta() for name in source.matrices() if (weight := source.stored(name)) is not None}
     if outside := next((name for name in found if not isinstance(source.model.get_submodule(name), nn.Linear)), None):
         return f"{outside} is compressed and no linear, and compressed-tensors holds linears alone"
+    if clause := _cache_misfit(source, made_dense=scheme == AUTO and opened_dense(found.values())):
+        return clause
     if scheme != AUTO:
         return None
     if not found:
@@ -81,7 +93,7 @@ def _as_it_is(request: Request, source: Source) -> Written:
     metas = {name: weight.meta() for name in source.matrices() if (weight := source.stored(name)) is not None}
     linears = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
     written = quantization_config(metas, layout=COMPRESSED_TENSORS, linears=linears)
-    whole = {**plain_config(request), "quantization_config": written}
+    whole = {**plain_config(request), "quantization_config": {**written, **_cache_words(checkpoint)}}
     return Written(write_folder(request, entries, format=COMPRESSED_TENSORS, config=whole), cast_note(request))
 
 
@@ -162,7 +174,24 @@ def _fits(weight: CompressedWeight, scheme: str) -> bool:
 def _config(source: Source, names: list[str], scheme: str) -> dict[str, Any]:
     layout, kind = LAYOUTS[scheme]
     linears = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
-    return eight_bit_config(names, linears, layout=layout, kind=kind)
+    return {**eight_bit_config(names, linears, layout=layout, kind=kind), **_cache_words(source.checkpoint)}
+
+
+def _cache_words(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is said of rounding keys and values; their scales are copied."""
+    scheme = scheme_of(checkpoint)
+    return {} if scheme is None else {SCHEME: scheme.words}
+
+
+def _cache_misfit(source: Source, *, made_dense: bool) -> str | None:
+    """Why compressed-tensors can't say that keys and values are rounded, where they are; None if it can."""
+    scheme = scheme_of(source.checkpoint)
+    if scheme is None:
+        return None
+    if made_dense:
+        return DENSE_WEIGHTS
+    by_head = scheme.strategy != "tensor"
+    return unopened_by_compressed_tensors(source.model, scales_of(source.checkpoint), by_head=by_head) or None
 
 
 def _parts_of_all(source: Source) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,9 @@ from typing import Final
 from torch import Tensor
 
 from modelzip.checkpoints.blocks import is_own
+from modelzip.checkpoints.cached import without_rounded_cache
 from modelzip.checkpoints.errors import CheckpointError, RecipeError
+from modelzip.checkpoints.index import Checkpoint
 from modelzip.recipes.export_formats import AUTO
 from modelzip.weights.experts import UNFUSED
 from modelzip.weights.layouts import COMPRESSED_TENSORS, rounds_inputs
@@ -78,6 +80,7 @@ PACKAGES: Final = MappingProxyType({"llama_cpp": "llama-cpp-python"})
 
 def refusal(request: Request, format: str) -> str | None:
     """Why the checkpoint can't be written so, with the formats that can hold it; from headers alone. None if it can."""
+    request = replace(request, checkpoint=held(request.checkpoint, format))
     checkpoint = request.checkpoint
     if lacking := _lacking(FORMATS[format].writers):
         return f"To write {format}, install {lacking}: pip install 'modelzip[export]'."
@@ -105,7 +108,16 @@ def export(request: Request, format: str) -> Written:
         raise RecipeError(f"There is no format {format}: take {' or '.join(FORMATS)}.")
     if (problem := refusal(request, format)) is not None:
         raise CheckpointError(problem)
-    return FORMATS[format].write(request)
+    stripped = held(request.checkpoint, format)
+    if stripped is request.checkpoint:
+        return FORMATS[format].write(request)
+    written = FORMATS[format].write(replace(request, checkpoint=stripped))
+    return replace(written, notes=(*written.notes, f"keys and values are rounded no more, which {format} doesn't say"))
+
+
+def held(checkpoint: Checkpoint, format: str) -> Checkpoint:
+    """What of the checkpoint's model the format can say: only compressed-tensors, that keys and values are rounded."""
+    return checkpoint if format == COMPRESSED_TENSORS else without_rounded_cache(checkpoint)
 
 
 def missing_reader(format: str) -> str | None:

@@ -56,10 +56,12 @@ def request_of(
 
 @dataclass(frozen=True)
 class Written:
-    """path: of the folder. rounded: sentences on what was rounded anew; none if every weight is what it was."""
+    """path: of the folder. rounded: sentences on what was rounded anew; none if every weight is what it was. notes:
+    sentences on what else isn't there as it was."""
 
     path: Path
     rounded: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -63,11 +63,17 @@ class Foreseen:
 
 
 def foreseen_bits(
-    request: Request, linears: Sequence[Linear], now: Mapping[str, CompressedWeight], tables: Sequence[ModulePlan]
+    request: Request,
+    linears: Sequence[Linear],
+    now: Mapping[str, CompressedWeight],
+    tables: Sequence[ModulePlan],
+    *,
+    beside: int = 0,
 ) -> Foreseen:
     """What headers say of a target. One that can't be reached goes to `request.problems`.
 
-    now: what each linear is in the checkpoint. tables: what is rounded outside the blocks.
+    now: what each linear is in the checkpoint. tables: what is rounded outside the blocks. beside: bytes that the
+    stage adds to the model beside its matrices.
     """
     stage = open_settings(request.stage.settings)
     if stage is None:
@@ -81,6 +87,8 @@ def foreseen_bits(
     if not sizes:
         return Foreseen(None, {})
     allowed = _allowance(request, asked, now, sizes, tables)
+    if allowed is not None and stage.target_bytes is not None:
+        allowed -= beside
     forms: list[int] | None = [len(stage.candidates) - 1] * len(sizes)  # at its largest, if the target is no size
     if allowed is not None:
         weights = [now[name].shape[0] * now[name].shape[1] for name in sizes]

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.evaluation.bits_report import CHOICE
+from modelzip.evaluation.cache_report import CACHE
 
 from .context import Context
 from .layer_plan import LayerPlan
@@ -38,7 +39,7 @@ def stage_details(plan: Plan, records: Mapping[str, Any]) -> dict[str, Any]:
     """The report's `details` of a stage: nothing for one whose modules have rows of their own."""
     match plan:
         case LayerPlan():
-            return {key: record for key, record in records.items() if key == CHOICE}
+            return {key: record for key, record in records.items() if key in (CHOICE, CACHE)}
         case StructuralPlan():
             return {module: _brief(record) for module, record in records.items()}
         case TrainingPlan():

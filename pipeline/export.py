@@ -63,7 +63,7 @@ def export_all(
             continue
         progress.say(f"export: writing {folder}")
         done = export(request_of(one, result, folder, overwrite=overwrite), one.format)
-        for line in done.rounded:
+        for line in (*done.rounded, *done.notes):
             progress.say(f"export: {line}")
         if one.verify:
             progress.say(f"export: {folder}: {said(check_export(result, one.format, done, seed=recipe.seed))}")

@@ -10,7 +10,7 @@ import torch
 from modelzip.checkpoints.errors import OutputError
 from modelzip.checkpoints.fresh import FreshProcessError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.exporters.formats import FORMATS, missing_reader
+from modelzip.exporters.formats import FORMATS, held, missing_reader
 from modelzip.exporters.reopen import reopened
 from modelzip.exporters.request import Written
 
@@ -28,7 +28,7 @@ def check_export(checkpoint: Checkpoint, format: str, written: Written, *, seed:
         return {"skipped": f"{missing} isn't installed"}
     if (dense := dense_bytes(checkpoint)) * 1.5 > psutil.virtual_memory().available:
         return {"skipped": f"that takes {dense / 1e9:,.1f} GB of memory"}
-    inputs, expect = probe(checkpoint, seed=seed, device=torch.device("cpu"))
+    inputs, expect = probe(held(checkpoint, format), seed=seed, device=torch.device("cpu"))
     try:
         found, wanted = reopened(format, written.path, inputs, lambda: on_half_the_cores(expect))
     except FreshProcessError as error:

@@ -20,6 +20,7 @@ from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.skeleton import skeleton
 from modelzip.weights.dense import Dense
 from modelzip.weights.kronecker import Kronecker
+from modelzip.weights.kv_cache import K_SCALE, V_SCALE
 from modelzip.weights.layouts import MODELZIP
 from modelzip.weights.low_rank import LowRank
 from modelzip.weights.plugin import compressed_module, located
@@ -99,12 +100,13 @@ def inspected(
 
 def _stored(model: nn.Module, checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
     """Each parameter or persistent buffer with its numbers, as a dense model has them, and its bytes; tied ones and
-    tensors that several are made of count once."""
+    tensors that several are made of count once, and scales of a cache are no numbers of a dense model."""
     names, seen, found = NameMap(model, checkpoint), set[str](), []
     for name, tensor in model.state_dict().items():
         sources = [source for source in names.sources([name]) if source not in seen]
         seen |= set(sources)
-        numbers = math.prod(tensor.shape) if names.owner(name) == name else 0
+        is_parameter = names.owner(name) == name and name.rpartition(".")[2] not in (K_SCALE, V_SCALE)
+        numbers = math.prod(tensor.shape) if is_parameter else 0
         found.append((name, numbers, sum(checkpoint.tensors[source].nbytes for source in sources)))
     return found
 

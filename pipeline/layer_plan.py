@@ -18,21 +18,21 @@ from modelzip.checkpoints.skeleton import skeleton
 from modelzip.recipes.match import settings_for
 from modelzip.weights.dense import Dense
 from modelzip.weights.int8 import Int8
-from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, decoder, quantization_config, stored
+from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, decoder, opened_dense, stored
 from modelzip.weights.value import CompressedWeight
 
 from .bit_budget import BitBudget, Foreseen, foreseen_bits, of_all_widths
 from .blockwise import refusal, tuning_bytes
+from .cache_plan import CachePlan, cache_obstacle, plan_cache
 from .expert_plan import experts_note, with_experts
 from .fold_plan import Folding, memory_held, plan_rotation, plan_scales
 from .forms import described, expected, fitted, taken_group
-from .headers import info_of
+from .layer_result import planned_result
 from .module_plan import ModulePlan, method_of, value_dtype
 from .patterns import others, pattern_problems
 from .portable import choose_layout
 from .request import Request
 from .room import BASE_BYTES, memory_needed
-from .serving import at_sharers, shared_after
 from .table_plan import plan_tables
 from .target_size import sizer
 from .whole import gradient_bytes
@@ -50,7 +50,7 @@ class LayerPlan:
 
     folding: what is changed across modules before they are compressed, None if nothing is. budget: where the bits of
     its modules are still to be chosen by measurement; those that they have are foreseen. takes_apart: experts are seen
-    one by one (`checkpoints.unfused`).
+    one by one (`checkpoints.unfused`). cache: of keys and values, None where they are cached as they are.
     """
 
     kind: str
@@ -70,6 +70,7 @@ class LayerPlan:
     folding: Folding | None = None
     budget: BitBudget | None = None
     takes_apart: bool = False
+    cache: CachePlan | None = None
 
     def rows(self) -> list[tuple[str, str, str, int, int, str]]:
         return [
@@ -113,15 +114,19 @@ def plan_layers(request: Request) -> LayerPlan:
     now = weights_now(checkpoint, structure, names)
     tables, left = plan_tables(stage, checkpoint, model, names=names, structure=structure)
     linears = [linear for block in structure.blocks for linear in block.linears]
-    foreseen = foreseen_bits(request, linears, now, tables)
+    cache = plan_cache(request, names)
+    added = 0 if cache is None else cache.nbytes
+    foreseen = foreseen_bits(request, linears, now, tables, beside=added)
     modules, refused = _modules(request, structure, now, names, tables, foreseen)
     folding = plan_scales(folding, checkpoint, modules, names=names, structure=structure)
     weights = {name: weight for name, weight in now.items() if weight.kind != "dense"}
     weights |= {module.name: module.after for module in modules}
-    after = checkpoint.nbytes - sum(m.before.nbytes for m in modules) + sum(m.after.nbytes for m in modules)
-    layout, layout_note = _layout(request, weights | of_all_widths(foreseen.budget, modules), structure, names)
+    after = checkpoint.nbytes - sum(m.before.nbytes for m in modules) + sum(m.after.nbytes for m in modules) + added
+    forms = weights | of_all_widths(foreseen.budget, modules)
+    layout, layout_note = _layout(request, forms, structure, names, cache)
     has_statistics = any(method_of(module.settings).statistic != "none" for module in modules)
     needs_data = has_statistics or foreseen.budget is not None or bool(folding and folding.scaled)
+    needs_data = needs_data or bool(cache and cache.is_new)
     needed = memory_needed(request.recipe, checkpoint, structure, model.config, needs_data=needs_data)
     needed += sum(_also_held(module) for module in modules) + memory_held(folding, checkpoint, modules, structure)
     needed += tuning_bytes(request.recipe, checkpoint, structure, model.config, modules)
@@ -149,13 +154,15 @@ def plan_layers(request: Request) -> LayerPlan:
         notes=(
             *layout_note,
             *apart,
+            *_cache_note(cache),
             *(folding.notes if folding else ()),
             *_notes(structure, modules, {**refused, **left}),
         ),
-        result=_result(checkpoint, modules, weights),
+        result=planned_result(checkpoint, modules, weights, cache),
         folding=folding,
         budget=foreseen.budget,
         takes_apart=bool(apart),
+        cache=cache,
     )
 
 
@@ -239,29 +246,19 @@ def _modules(
     return modules, {name: reason for name, reason in refused.items() if name not in again}
 
 
-def _result(checkpoint: Checkpoint, modules: list[ModulePlan], weights: Mapping[str, CompressedWeight]) -> Checkpoint:
-    """The checkpoint that will be there, from its headers."""
-    replaced = {name for module in modules for name in module.replaces}
-    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in replaced}
-    for module in modules:
-        for suffix, tensor in module.after.tensors().items():
-            tensors[module.stem + suffix] = info_of(module.stem + suffix, tensor)
-    linears = [module.linear for module in modules]
-    metas = {name: weight.meta() for name, weight in weights.items()}
-    before = checkpoint.quantization or {}
-    shared = shared_after(before.get("shared", {}), metas, linears)
-    own = quantization_config(at_sharers(metas, linears), layout=MODELZIP, linears=(), shared=shared)
-    if before.get("quant_method") == MODELZIP:
-        own = {**before, **own, "modules": {**before["modules"], **own["modules"]}}
-    config = {**checkpoint.config, "quantization_config": own}
-    return Checkpoint(checkpoint.folder, config, tensors, checkpoint.source)
-
-
 def _layout(
-    request: Request, weights: Mapping[str, CompressedWeight], structure: Structure, names: NameMap
+    request: Request,
+    weights: Mapping[str, CompressedWeight],
+    structure: Structure,
+    names: NameMap,
+    cache: CachePlan | None,
 ) -> tuple[str, list[str]]:
     asked = getattr(request.stage.settings, "layout", "auto")
     layout, reason = choose_layout(asked, weights, structure, checkpoint=request.checkpoint, names=names)
+    if layout == COMPRESSED_TENSORS and not reason and cache is not None:
+        made_dense = opened_dense([weight.meta() for weight in weights.values()])
+        reason = cache_obstacle(cache, request.checkpoint, made_dense=made_dense)
+        layout = MODELZIP if reason and asked == "auto" else layout
     if reason and layout == COMPRESSED_TENSORS:
         request.problems.append(f"{request.where}: {reason}; leave out --layout, or choose modelzip.")
     if layout == MODELZIP and any(isinstance(weight, Int8) for weight in weights.values()):
@@ -270,6 +267,10 @@ def _layout(
         why = f" ({reason})" if reason else ""
         return layout, [f"the result is in modelzip's own layout{why}: opening it needs `import modelzip.weights`"]
     return layout, []
+
+
+def _cache_note(cache: CachePlan | None) -> list[str]:
+    return [] if cache is None or not cache.is_new else [cache.said()]
 
 
 def _also_held(module: ModulePlan) -> int:

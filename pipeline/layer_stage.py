@@ -15,11 +15,13 @@ from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.checkpoints.target import partial_of, workspace_of
 from modelzip.checkpoints.unfused import unfused
 from modelzip.checkpoints.writer import CheckpointWriter
+from modelzip.evaluation.cache_report import CACHE
 from modelzip.weights.dense import Dense
 from modelzip.weights.float import Float
 from modelzip.weights.layouts import MODELZIP, decoder, quantization_config, stored_tensors
 from modelzip.weights.value import dtype_name
 
+from .cache_stage import PART, write_scales
 from .calibrate import batches, forward_inputs
 from .choose_bits import settled
 from .context import Context
@@ -94,6 +96,11 @@ def run_layers(
         compress_blocks(
             job, streamed, data if looks else [], writer=writer, clock=context.clock, progress=context.progress
         )
+        if plan.cache is not None and plan.cache.is_new:
+            begin = time.perf_counter()
+            write_scales(plan.cache, job, streamed, data, writer=writer, progress=context.progress)
+            chosen = {**chosen, CACHE: writer.done[PART][CACHE]}
+            context.clock.add("cache", begin)
         records = {name: record for part in writer.done.values() for name, record in part["modules"].items()}
         config = _dense_config(source)
         if (quantization := _quantization(plan, source, streamed, records)) is not None:
@@ -173,8 +180,9 @@ def _quantization(
     shared = shared_after(own["shared"], metas, changed)
     metas = at_sharers({name: meta for name, meta in metas.items() if meta["kind"] != Dense.kind}, changed)
     metas = {**own["modules"], **metas}
-    if not metas and not shared:
+    if not metas and not shared and plan.cache is None:
         return None
     linears = [name for name, module in streamed.model.named_modules() if isinstance(module, nn.Linear)]
     made = quantization_config(metas, layout=plan.layout, linears=linears, shared=shared)
-    return {**own, **made} if plan.layout == MODELZIP else made
+    cached = {} if plan.cache is None else plan.cache.words(plan.layout)
+    return {**(own if plan.layout == MODELZIP else {}), **made, **cached}

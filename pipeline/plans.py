@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
+from modelzip.checkpoints.cached import scheme_of
 from modelzip.checkpoints.errors import ProblemsError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.compressors.settings import Engine
@@ -135,6 +136,13 @@ def _planned(
 ) -> Plan:
     stage = recipe.stages[number]
     where = f"stages[{number}].{stage.kind}" if len(recipe.stages) > 1 else stage.kind
+    if stage.settings.engine != "layerwise" and scheme_of(source) is not None:
+        raise ProblemsError(
+            [
+                f"{where}: the stage changes keys or values, and those of {source.source} are rounded by known scales: "
+                "give kv_cache to the last stage alone."
+            ]
+        )
     return PLANNERS[stage.settings.engine](Request(recipe, stage, source, output, where, problems, disk_before))
 
 

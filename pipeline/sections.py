@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modelzip.checkpoints.cached import without_rounded_cache
 from modelzip.checkpoints.index import Checkpoint, TensorInfo
 from modelzip.compressors.prune.structural_settings import UnitSettings
 from modelzip.weights.kinds import empty
@@ -114,7 +115,8 @@ def size_section(original: Checkpoint | None, result: Checkpoint) -> dict[str, A
     packed = _packed(result)
     packed_bytes = sum(nbytes for nbytes, _ in packed)
     packed_parameters = sum(parameters for _, parameters in packed)
-    plain = [math.prod(info.shape) for name, info in result.tensors.items() if not _is_part(name, result)]
+    tensors = without_rounded_cache(result).tensors  # scales of a cache are no parameters
+    plain = [math.prod(info.shape) for name, info in tensors.items() if not _is_part(name, result)]
     parameters = sum(plain) + packed_parameters
     before = None if original is None else original.nbytes
     return {

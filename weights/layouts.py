@@ -130,9 +130,14 @@ def quantization_config(
     )
     # What `to_dict` gives holds types of torch, where scales are named; config.json has their names.
     written = {**config.model_dump(mode="json"), "quant_method": COMPRESSED_TENSORS}
-    if any(scheme.is_made_dense for scheme in schemes.values()):
+    if opened_dense(metas.values()):
         written["dequantize"] = True
     return written
+
+
+def opened_dense(metas: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether transformers is told to make weights of these metas dense as it opens compressed-tensors."""
+    return any(meta["kind"] != Int8.kind and _scheme(meta).is_made_dense for meta in metas)
 
 
 def _scheme(meta: Mapping[str, Any]) -> Scheme | FloatScheme:

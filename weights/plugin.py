@@ -19,6 +19,7 @@ from .dense import Dense
 from .embedding import embedding_of
 from .experts import UNFUSED, Experts, unfuse
 from .kinds import empty
+from .kv_cache import SCALES, CacheScheme, round_cached
 from .layouts import MODELZIP, VERSION, check_version
 from .linear import linear_of
 from .module import CompressedModule
@@ -30,7 +31,8 @@ class ModelzipConfig(QuantizationConfigMixin):
 
     modules: the meta of each compressed module's weight, by the module's name. shared: parameters and parts of
     compressed modules that aren't stored, each with the one that it is. attributes: numbers of heads that modules keep,
-    where they aren't config.json's. unfused: modules whose experts are stored one by one.
+    where they aren't config.json's. unfused: modules whose experts are stored one by one. kv_cache_scheme,
+    kv_cache_scales: how keys and values are rounded as they are cached, and by how many scales in which module.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class ModelzipConfig(QuantizationConfigMixin):
         version: int = VERSION,
         attributes: Mapping[str, Mapping[str, int]] | None = None,
         unfused: Sequence[str] = (),
+        kv_cache_scheme: Mapping[str, Any] | None = None,
+        kv_cache_scales: Mapping[str, int] | None = None,
         **_: Any,
     ) -> None:
         check_version(version)
@@ -51,6 +55,9 @@ class ModelzipConfig(QuantizationConfigMixin):
             self.attributes = dict(attributes)
         if unfused:
             self.unfused = list(unfused)
+        if kv_cache_scheme:
+            self.kv_cache_scheme = dict(kv_cache_scheme)
+            self.kv_cache_scales = dict(kv_cache_scales or {})
 
 
 @register_quantizer(MODELZIP)
@@ -80,6 +87,7 @@ class ModelzipQuantizer(HfQuantizer):
             if isinstance(module, CompressedModule):
                 compressed.add(f"{path}.weight")
         set_attributes(model, getattr(config, ATTRIBUTES, {}))
+        _round_cache(model, config)
         _drop_ties(model, compressed)
         _tie(model, config.shared)
 
@@ -100,6 +108,15 @@ class ModelzipQuantizer(HfQuantizer):
 
 def _makes(converter: WeightConverter, names: Sequence[str]) -> bool:
     return any(name.endswith(target) for target in converter.target_patterns for name in names)
+
+
+def _round_cache(model: nn.Module, config: ModelzipConfig) -> None:
+    """Have attention modules round keys and values, if the config says so."""
+    scheme = CacheScheme.of(vars(config))
+    for name, count in getattr(config, SCALES, {}).items() if scheme is not None else ():
+        path = located(model, name)
+        if path is not None and scheme is not None:
+            round_cached(model.get_submodule(path), scheme, count)
 
 
 def located(model: nn.Module, module: str) -> str | None:

@@ -16,7 +16,9 @@ from .settings_grids import BITS, Grid, disagreement, settled, unsettled
 class QuantizeSettings(GroupSettings):
     """What all methods share that write few bits a weight."""
 
-    whole_stage: ClassVar[frozenset[str]] = frozenset({"method", "layout", "propagate", "embeddings", "rotate"})
+    whole_stage: ClassVar[frozenset[str]] = frozenset(
+        {"method", "layout", "propagate", "embeddings", "rotate", "kv_cache"}
+    )
 
     method: str = Field(description="Name of the method.")
     bits: int = Field(default=4, ge=2, le=8, description="Bits of one stored weight.")
@@ -34,6 +36,12 @@ class QuantizeSettings(GroupSettings):
         description="First turn what flows between modules by random Hadamard matrices, folded into the weights on "
         "both sides; heads: the values of attention, residual: what all blocks read and write (models with RMSNorm; a "
         "tied output head gets a matrix of its own), all: both.",
+    )
+    kv_cache: Literal["none", "fp8", "int8", "int4"] = Field(
+        default="none",
+        description="Round keys and values as they go into the cache, by scales found on the calibration text; fp8: "
+        "8-bit floats E4M3, one scale for a layer's keys and one for its values; int8, int4: integers, scales of each "
+        "head.",
     )
 
     @property

@@ -18,7 +18,7 @@ class BudgetSettings(GroupSettings):
     """Bits, or a target in their place. `candidates` are the bits that a target's matrices may get."""
 
     whole_stage: ClassVar[frozenset[str]] = frozenset(
-        {"method", "layout", "propagate", "embeddings", "rotate", "candidates", *TARGETS}
+        {"method", "layout", "propagate", "embeddings", "rotate", "kv_cache", "candidates", *TARGETS}
     )
     alternatives: ClassVar[tuple[str, ...]] = ("bits", *TARGETS)
 
