@@ -25,7 +25,8 @@ class LayerTask:
     weight: fp32 [out, in]. prepared: what the method's `prepare` made of the statistic, None without one.
     surveyed: what its `survey` found over all matrices, None without one. dtype: of stored values and scales.
     kept: bool [out, in], False where an earlier stage has set an entry to zero for good; None if it did nowhere.
-    generator: for what is drawn by chance, seeded from the recipe's seed and the module's name.
+    generator: for what is drawn by chance, seeded from the recipe's seed and the module's name. largest: of |x| over
+    the calibration tokens, fp32 [in]; None if the method doesn't ask for it, or no token reaches the matrix.
     """
 
     weight: Tensor
@@ -35,6 +36,7 @@ class LayerTask:
     prepared: Any = None
     surveyed: Any = None
     kept: Tensor | None = None
+    largest: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class LayerMethod:
     sentence that says why the method can't take it.
     survey: looks at all matrices (settings, weight) of a stage once before the first is compressed. is_surveyed: of
     which settings they are; all without.
+    asks_for_largest: of which settings the largest |x| are gathered beside the statistic.
     note: what the report says of a preparation that isn't the ordinary one, or None. scaling: scales of the inputs that
     are chosen for the original model and folded into the modules before, None for methods that have none.
     tune: compresses the matrices of a block together; all of its settings that aren't of single matrices are the
@@ -121,6 +124,7 @@ class LayerMethod:
     prepare: Callable[[Tensor, Any], Any] | None = None
     survey: Callable[[Iterator[tuple[Any, Tensor]]], Any] | None = None
     is_surveyed: Callable[[Any], bool] | None = None
+    asks_for_largest: Callable[[Any], bool] | None = None
     note: Callable[[Any, Any], str | None] | None = None
     scaling: Scaling | None = None
     tune: Callable[[BlockTask], BlockMade] | None = None

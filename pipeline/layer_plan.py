@@ -17,7 +17,6 @@ from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.skeleton import skeleton
 from modelzip.recipes.match import settings_for
 from modelzip.weights.dense import Dense
-from modelzip.weights.int8 import Int8
 from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, decoder, quantization_config, stored
 from modelzip.weights.value import CompressedWeight
 
@@ -26,7 +25,7 @@ from .blockwise import refusal, tuning_bytes
 from .fold_plan import Folding, memory_held, plan_rotation, plan_scales
 from .forms import described, expected, fitted, taken_group
 from .headers import info_of
-from .module_plan import ModulePlan, method_of, value_dtype
+from .module_plan import ModulePlan, looks_at_inputs, method_of, unshared, value_dtype
 from .patterns import others, pattern_problems
 from .portable import choose_layout
 from .request import Request
@@ -115,7 +114,7 @@ def plan_layers(request: Request) -> LayerPlan:
     weights |= {module.name: module.after for module in modules}
     after = checkpoint.nbytes - sum(m.before.nbytes for m in modules) + sum(m.after.nbytes for m in modules)
     layout, layout_note = _layout(request, weights | of_all_widths(foreseen.budget, modules), structure, names)
-    has_statistics = any(method_of(module.settings).statistic != "none" for module in modules)
+    has_statistics = any(looks_at_inputs(module.settings) for module in modules)
     needs_data = has_statistics or foreseen.budget is not None or bool(folding and folding.scaled)
     needed = memory_needed(request.recipe, checkpoint, structure, model.config, needs_data=needs_data)
     needed += sum(_also_held(module) for module in modules) + memory_held(folding, checkpoint, modules, structure)
@@ -204,7 +203,7 @@ def _modules(
             continue
         replaces = tuple(names.parts(linear.name).values()) or (linear.tensor,)
         planned = ModulePlan(linear.name, settings, before, after, note, linear, replaces)
-        if reason := refusal(planned):
+        if reason := refusal(planned) or unshared(planned):
             refused[linear.name] = reason
             continue
         modules.append(planned)
@@ -252,8 +251,6 @@ def _layout(
     layout, reason = choose_layout(asked, weights, structure, checkpoint=request.checkpoint, names=names)
     if reason and layout == COMPRESSED_TENSORS:
         request.problems.append(f"{request.where}: {reason}; leave out --layout, or choose modelzip.")
-    if layout == MODELZIP and any(isinstance(weight, Int8) for weight in weights.values()):
-        request.problems.append(f"{request.where}: inputs of 8 bit are written for compressed-tensors alone: {reason}.")
     if layout == MODELZIP:
         why = f" ({reason})" if reason else ""
         return layout, [f"the result is in modelzip's own layout{why}: opening it needs `import modelzip.weights`"]

@@ -16,6 +16,7 @@ from .int8 import Int8
 from .kinds import from_tensors
 from .low_rank import LowRank
 from .module import CompressedModule, shadow
+from .rounded_inputs import RoundedInputs
 from .sparse import Sparse
 from .value import CompressedWeight
 from .vector_codebook import VectorCodebook
@@ -115,4 +116,4 @@ def holds_codes(weight: CompressedWeight) -> bool:
         return holds_codes(weight.inner)
     if isinstance(weight, Sparse):
         return weight.scales is not None
-    return isinstance(weight, Affine | Bilevel | Codebook | Float | Int8 | VectorCodebook)
+    return isinstance(weight, Affine | Bilevel | Codebook | Float | Int8 | RoundedInputs | VectorCodebook)

@@ -26,6 +26,7 @@ from ..masks import pattern_of
 from ..obs import InverseFactor, inverse_factor
 from ..settings import MethodSettings
 from . import autoround_layer, awq_layer, smoothquant_layer
+from .activations import asks_for_largest, rounding_inputs
 from .gptq import gptq
 from .grids import expected_on_grid, grid_misfit, grid_of, has_common_scale, largest_of_all
 from .hqq import hqq_grid
@@ -130,31 +131,37 @@ def _plainer(settings: QuantizeSettings) -> Rtn:
 
 def _fed(compress: Callable[[LayerTask], CompressedWeight]) -> LayerMethod:
     """A method on any grid that makes up for errors by the Hessian of the inputs."""
-    return LayerMethod(
-        compress=compress,
-        expect=_expect,
-        statistic="hessian",
-        prepare=_factor,
-        survey=largest_of_all,
-        is_surveyed=has_common_scale,
-        note=_gptq_note,
+    return rounding_inputs(
+        LayerMethod(
+            compress=compress,
+            expect=_expect,
+            statistic="hessian",
+            prepare=_factor,
+            survey=largest_of_all,
+            is_surveyed=has_common_scale,
+            note=_gptq_note,
+        )
     )
 
 
 METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
     {
-        Rtn: LayerMethod(compress=_rtn, expect=_expect, survey=largest_of_all, is_surveyed=has_common_scale),
+        Rtn: rounding_inputs(
+            LayerMethod(compress=_rtn, expect=_expect, survey=largest_of_all, is_surveyed=has_common_scale)
+        ),
         Hqq: LayerMethod(compress=_hqq, expect=_expect),
         Gobo: LayerMethod(compress=gobo, expect=expect_gobo),
-        Awq: LayerMethod(
-            compress=awq_layer.compress,
-            expect=_unpruned,
-            statistic="hessian",
-            prepare=awq_layer.prepare,
-            survey=largest_of_all,
-            is_surveyed=has_common_scale,
-            note=awq_layer.note,
-            scaling=awq_layer.SCALING,
+        Awq: rounding_inputs(
+            LayerMethod(
+                compress=awq_layer.compress,
+                expect=_unpruned,
+                statistic="hessian",
+                prepare=awq_layer.prepare,
+                survey=largest_of_all,
+                is_surveyed=has_common_scale,
+                note=awq_layer.note,
+                scaling=awq_layer.SCALING,
+            )
         ),
         Gptq: _fed(_gptq),
         Spqr: LayerMethod(compress=spqr, expect=expect_spqr, statistic="hessian", prepare=spqr_factor, note=spqr_note),
@@ -166,7 +173,10 @@ METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
             tune=autoround_layer.tune,
         ),
         SmoothQuant: LayerMethod(
-            compress=smoothquant_layer.compress, expect=smoothquant_layer.expect, scaling=smoothquant_layer.SCALING
+            compress=smoothquant_layer.compress,
+            expect=smoothquant_layer.expect,
+            asks_for_largest=asks_for_largest,
+            scaling=smoothquant_layer.SCALING,
         ),
         **VECTOR_METHODS,
     }

@@ -1,0 +1,139 @@
+"""What becomes of inputs before a product: rounded as they come, by token or with one scale that was found before.
+
+A weight of a kind that rounds its inputs has `inputs` and `round_inputs`; its product is that of the rounded inputs
+with the dense matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from .value import CompressedWeight, dtype_name, named_dtype
+
+Rounds = Callable[[Tensor], Tensor]
+
+PREFIX: Final = "weight_input_"
+"""What the names of tensors begin with that say how inputs are rounded, in modelzip's own layout."""
+
+SCALE: Final = "input_scale"
+"""compressed-tensors' name of the one scale of all inputs."""
+
+HALF_RANGE: Final = MappingProxyType({"int8": 127.5, "fp8": 448.0})
+"""Half of what lies between the lowest and the highest number: the integers of 8 bits, the floats E4M3."""
+
+
+@dataclass(frozen=True)
+class InputRounding:
+    """Inputs as whole numbers of 8 bits or as floats E4M3, times a scale.
+
+    number: a name of HALF_RANGE. scale: [1], one for all inputs; None for one to each token, such that its largest
+    magnitude is half the range.
+    """
+
+    number: str
+    scale: Tensor | None = None
+
+    form: ClassVar[str] = "rounded"
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers [..., in] in x's dtype, and scales [..., 1] or [1], for x [..., in].
+
+        Computed in x's dtype, as compressed-tensors does. Of a matrix [tokens, in], which few models hand to linears,
+        all tokens have one scale there, and so they have here.
+        """
+        scale = self._of_tokens(x) if self.scale is None else self.scale.to(x.dtype)
+        scaled = x / scale
+        if self.number == "int8":
+            return scaled.clamp_(-128, 127).round_(), scale
+        most = HALF_RANGE[self.number]
+        return scaled.clamp_(-most, most).to(torch.float8_e4m3fn).to(x.dtype), scale
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """x [..., in] as the numbers of `codes` stand for it."""
+        codes, scale = self.codes(x)
+        return codes.mul_(scale)
+
+    def _of_tokens(self, x: Tensor) -> Tensor:
+        largest = x.abs().amax(-1, keepdim=True) if x.ndim != 2 else x.abs().amax().reshape(1, 1)
+        scale = largest / torch.tensor(HALF_RANGE[self.number], dtype=x.dtype, device=x.device)
+        return torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes to safetensors."""
+        return {} if self.scale is None else {f"{PREFIX}scale": self.scale}
+
+    def meta(self) -> dict[str, Any]:
+        """Plain data; scale: its dtype, None for scales by token."""
+        return {
+            "form": self.form,
+            "number": self.number,
+            "scale": None if self.scale is None else dtype_name(self.scale.dtype),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> InputRounding:
+        """Read back what `tensors` gave, or what compressed-tensors calls it. Raises KeyError if it is missing."""
+        if meta["scale"] is None:
+            return cls(meta["number"])
+        return cls(meta["number"], tensors[SCALE] if SCALE in tensors else tensors[f"{PREFIX}scale"])
+
+    @classmethod
+    def empty(cls, meta: Mapping[str, Any]) -> InputRounding:
+        """On the meta device."""
+        if meta["scale"] is None:
+            return cls(meta["number"])
+        return cls(meta["number"], torch.empty(1, dtype=named_dtype(meta["scale"]), device="meta"))
+
+
+TOKEN_INT8: Final = InputRounding("int8")
+
+
+def fixed_scale(number: str, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale [1] by which inputs of magnitudes up to `largest` (any shape) span the range, in `dtype`."""
+    scale = (largest.amax().reshape(1) / HALF_RANGE[number]).to(dtype)
+    return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+
+
+Inputs = InputRounding
+FORMS: Final[Mapping[str, type[Inputs]]] = MappingProxyType({InputRounding.form: InputRounding})
+
+
+def inputs_from(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Inputs:
+    """What `meta` and `tensors` of a weight say of its inputs. Raises ValueError for a form that isn't known."""
+    return _form(meta).from_tensors(tensors, meta)
+
+
+def empty_inputs(meta: Mapping[str, Any]) -> Inputs:
+    """The same on the meta device."""
+    return _form(meta).empty(meta)
+
+
+def _form(meta: Mapping[str, Any]) -> type[Inputs]:
+    if meta["form"] not in FORMS:
+        raise ValueError(f"inputs of the form {meta['form']!r}; installed are {', '.join(FORMS)}")
+    return FORMS[meta["form"]]
+
+
+def rounds_of_weight(weight: CompressedWeight) -> Rounds | None:
+    """What a weight does to its inputs before the product; None if it takes them as they come."""
+    return getattr(weight, "round_inputs", None)
+
+
+def straight_through(rounds: Rounds) -> Rounds:
+    """The same, with the gradient of leaving inputs as they are.
+
+    Bengio, Léonard, Courville 2013, "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
+    Computation".
+    """
+
+    def rounded(x: Tensor) -> Tensor:
+        made = rounds(x.detach())
+        return x + (made - x.detach()) if torch.is_grad_enabled() and x.requires_grad else made
+
+    return rounded
