@@ -13,7 +13,7 @@ from modelzip.weights.bilevel import Bilevel
 from modelzip.weights.codebook import Codebook
 from modelzip.weights.dense import Dense
 from modelzip.weights.float import BYTE_SCALES, Float
-from modelzip.weights.inputs import Inputs
+from modelzip.weights.inputs import Inputs, OutlierRounding
 from modelzip.weights.int8 import Int8
 from modelzip.weights.kronecker import Kronecker
 from modelzip.weights.low_rank import Factor, LowRank
@@ -114,6 +114,8 @@ def described(weight: CompressedWeight) -> str:
 def _inputs(inputs: Inputs) -> str:
     """Such as `inputs of 8 bit`, `inputs of fp8 by one scale`."""
     number = "8 bit" if inputs.number == "int8" else inputs.number
+    if isinstance(inputs, OutlierRounding):
+        return f"inputs of {number}, columns exact from {inputs.threshold:g}"
     return f"inputs of {number}" if inputs.scale is None else f"inputs of {number} by one scale"
 
 

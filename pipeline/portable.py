@@ -14,7 +14,7 @@ from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.skeleton import skeleton
 from modelzip.weights.affine import Affine
 from modelzip.weights.float import Float
-from modelzip.weights.inputs import rounds_of_weight
+from modelzip.weights.inputs import InputRounding, rounds_of_weight
 from modelzip.weights.int8 import Int8
 from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, portable
 from modelzip.weights.rounded_inputs import RoundedInputs
@@ -50,6 +50,8 @@ def choose_layout(
         reason = f"compressed-tensors holds no {other.replace('_', '-')} weights"
     elif len(kinds) > 1:
         reason = "compressed-tensors has one layout for all: integers or floats"
+    elif any(meta and meta["form"] != InputRounding.form for meta in (one.meta().get("inputs") for one in bare)):
+        reason = "compressed-tensors has no word for inputs of which some columns stay exact"
     elif reason := _own_layout(checkpoint, weights, structure):
         pass
     elif not portable((weight.meta() for weight in weights.values()), transposed=transposed):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ class InputRounding:
         most = HALF_RANGE[self.number]
         return scaled.clamp_(-most, most).to(torch.float8_e4m3fn).to(x.dtype), scale
 
+    def exact(self, x: Tensor) -> None:
+        """No columns stay as they are."""
+
     def rounded(self, x: Tensor) -> Tensor:
         """x [..., in] as the numbers of `codes` stand for it."""
         codes, scale = self.codes(x)
@@ -91,6 +94,58 @@ class InputRounding:
         return cls(meta["number"], torch.empty(1, dtype=named_dtype(meta["scale"]), device="meta"))
 
 
+@dataclass(frozen=True)
+class OutlierRounding:
+    """Inputs as integers of 8 bits times a scale a token, but for whole columns in which any token's magnitude reaches
+    `threshold`: these stay as they are, and have no say in the scales.
+
+    Dettmers, Lewis, Belkada, Zettlemoyer 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
+    section 3.2. All tokens of a product are looked at together, so what else is in a batch has a say, as there.
+    """
+
+    threshold: float
+
+    form: ClassVar[str] = "beside_outliers"
+    number: ClassVar[str] = "int8"
+    scale: ClassVar[None] = None
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The columns of x [..., in] that stay as they are, int64 [count]."""
+        return (x.abs() >= self.threshold).reshape(-1, x.shape[-1]).any(0).nonzero().flatten()
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers in fp32 [..., in], 0 in the exact columns, and scales fp32 [..., 1], for x [..., in]."""
+        kept = x.float().index_fill(-1, self.exact(x), 0)
+        scale = kept.abs().amax(-1, keepdim=True) / 127
+        scale = torch.where(scale == 0, 1.0, scale)
+        return (kept / scale).round_(), scale
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """x [..., in] with all but its exact columns as integers stand for it."""
+        codes, scale = self.codes(x)
+        made = codes.mul_(scale).to(x.dtype)
+        columns = self.exact(x)
+        return made.index_copy_(-1, columns, x.index_select(-1, columns))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None: which columns these are is found anew for each product."""
+        return {}
+
+    def meta(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"form": self.form, "number": self.number, "threshold": self.threshold}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> OutlierRounding:
+        """Read back what `meta` gave."""
+        return cls(float(meta["threshold"]))
+
+    @classmethod
+    def empty(cls, meta: Mapping[str, Any]) -> OutlierRounding:
+        """The same: it has no tensors."""
+        return cls(float(meta["threshold"]))
+
+
 TOKEN_INT8: Final = InputRounding("int8")
 
 
@@ -100,8 +155,8 @@ def fixed_scale(number: str, largest: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
 
 
-Inputs = InputRounding
-FORMS: Final[Mapping[str, type[Inputs]]] = MappingProxyType({InputRounding.form: InputRounding})
+Inputs: TypeAlias = InputRounding | OutlierRounding
+FORMS: Final[Mapping[str, type[Inputs]]] = MappingProxyType({one.form: one for one in (InputRounding, OutlierRounding)})
 
 
 def inputs_from(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Inputs:

@@ -57,15 +57,20 @@ class Int8:
         return (self.codes[index].to(self.scale.dtype) * self.scale[index]).to(dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        """x [..., in], rounded, @ dense().T -> [..., out], in x's dtype: a product of integers."""
+        """x [..., in], rounded, @ dense().T -> [..., out], in x's dtype: a product of integers, plus that of columns
+        of x that stay exact."""
         codes, scale = self.inputs.codes(x)
         flat = codes.reshape(-1, codes.shape[-1]).to(torch.int8)
         if x.device.type == "cpu":
             whole = torch._int_mm(flat, self.codes.T).float()
         else:  # other devices multiply int8 in certain shapes only; sums of so many products are exact to 2**-24
             whole = flat.float() @ self.codes.float().T
-        made = whole.reshape(*x.shape[:-1], self.shape[0]) * scale.float() * self.scale.float().T
-        return made.to(x.dtype)
+        made = (whole.reshape(*x.shape[:-1], self.shape[0]) * scale.float() * self.scale.float().T).to(x.dtype)
+        columns = self.inputs.exact(x)
+        if columns is None or not len(columns):
+            return made
+        exact = self.codes[:, columns].to(self.scale.dtype) * self.scale
+        return made + x[..., columns] @ exact.to(x.dtype).T
 
     def tensors(self) -> dict[str, Tensor]:
         """What goes to safetensors in modelzip's layout, with what says how inputs are rounded."""

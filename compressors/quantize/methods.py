@@ -25,7 +25,7 @@ from ..layer import LayerMethod, LayerTask
 from ..masks import pattern_of
 from ..obs import InverseFactor, inverse_factor
 from ..settings import MethodSettings
-from . import autoround_layer, awq_layer, smoothquant_layer
+from . import autoround_layer, awq_layer, llm_int8, smoothquant_layer
 from .activations import asks_for_largest, rounding_inputs
 from .gptq import gptq
 from .grids import expected_on_grid, grid_misfit, grid_of, has_common_scale, largest_of_all
@@ -36,6 +36,7 @@ from .rtn import rtn
 from .settings import Gptq, Hqq, OnGrid, QuantizeSettings, Rtn
 from .settings_autoround import AutoRound
 from .settings_awq import Awq
+from .settings_llm_int8 import LlmInt8
 from .settings_obq import Obq
 from .settings_outliers import Gobo, Spqr
 from .settings_smoothquant import SmoothQuant
@@ -178,6 +179,7 @@ METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
             asks_for_largest=asks_for_largest,
             scaling=smoothquant_layer.SCALING,
         ),
+        LlmInt8: LayerMethod(compress=llm_int8.compress, expect=llm_int8.expect),
         **VECTOR_METHODS,
     }
 )
