@@ -105,7 +105,9 @@ class LayerMethod:
 
     statistic: of the inputs x over the calibration tokens; "squares": the mean of x², [in]; "hessian": the mean of
     x xᵀ, [in, in]; "block": none, but the inputs of whole blocks, for `tune`. prepare: what linears with the same
-    input share, made from the statistic once, whatever the bits; may raise UnsuitableError. compress: the compressed
+    input share, made from the statistic once, whatever the bits; may raise UnsuitableError.
+    prepare_ranged: the same of a method that always asks for the largest |x|, from the statistic and these, [in].
+    compress: the compressed
     weight; may raise UnsuitableError. expect: from what a matrix is now (on the meta device), settings and the dtype of
     stored values, what it will become, on the meta device and at its largest if that depends on values, or a part of a
     sentence that says why the method can't take it.
@@ -122,6 +124,7 @@ class LayerMethod:
     expect: Callable[[CompressedWeight, Any, torch.dtype], CompressedWeight | str]
     statistic: StatisticKind = "none"
     prepare: Callable[[Tensor, Any], Any] | None = None
+    prepare_ranged: Callable[[Tensor, Tensor, Any], Any] | None = None
     survey: Callable[[Iterator[tuple[Any, Tensor]]], Any] | None = None
     is_surveyed: Callable[[Any], bool] | None = None
     asks_for_largest: Callable[[Any], bool] | None = None

@@ -119,7 +119,12 @@ def _solve(task: LayerTask, statistic: Statistic | None) -> Solved:
         key = settings.at_bits(BITS) if isinstance(settings, BudgetSettings) else settings
         if key not in statistic.prepared:
             value = statistic.squares if method.statistic == "squares" else statistic.value
-            statistic.prepared[key] = value if method.prepare is None else method.prepare(value, settings)
+            if method.prepare_ranged is not None:
+                assert statistic.largest is not None, "the method asks for it"
+                value = method.prepare_ranged(value, statistic.largest, settings)
+            elif method.prepare is not None:
+                value = method.prepare(value, settings)
+            statistic.prepared[key] = value
         prepared = statistic.prepared[key]
         note = None if method.note is None else method.note(prepared, settings)
     return Solved(method.compress(replace(task, prepared=prepared)), settings.method, None, note)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, TypeAlias
+from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +26,21 @@ SCALE: Final = "input_scale"
 
 HALF_RANGE: Final = MappingProxyType({"int8": 127.5, "fp8": 448.0})
 """Half of what lies between the lowest and the highest number: the integers of 8 bits, the floats E4M3."""
+
+
+class Inputs(Protocol):
+    """How inputs are rounded: a value that a weight holds as `inputs`."""
+
+    form: ClassVar[str]
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """x [..., in] as it is multiplied, in x's dtype."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes to safetensors, in names that begin with PREFIX."""
+
+    def meta(self) -> dict[str, Any]:
+        """Plain data, `form` among them."""
 
 
 @dataclass(frozen=True)
@@ -155,24 +170,16 @@ def fixed_scale(number: str, largest: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
 
 
-Inputs: TypeAlias = InputRounding | OutlierRounding
-FORMS: Final[Mapping[str, type[Inputs]]] = MappingProxyType({one.form: one for one in (InputRounding, OutlierRounding)})
+IntegerInputs: TypeAlias = InputRounding | OutlierRounding
+"""What a matrix of 8-bit integers is multiplied with."""
 
 
-def inputs_from(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Inputs:
-    """What `meta` and `tensors` of a weight say of its inputs. Raises ValueError for a form that isn't known."""
-    return _form(meta).from_tensors(tensors, meta)
-
-
-def empty_inputs(meta: Mapping[str, Any]) -> Inputs:
-    """The same on the meta device."""
-    return _form(meta).empty(meta)
-
-
-def _form(meta: Mapping[str, Any]) -> type[Inputs]:
-    if meta["form"] not in FORMS:
-        raise ValueError(f"inputs of the form {meta['form']!r}; installed are {', '.join(FORMS)}")
-    return FORMS[meta["form"]]
+def integer_form(meta: Mapping[str, Any]) -> type[IntegerInputs]:
+    """By the `meta` of one. Raises ValueError for other forms."""
+    forms: dict[str, type[IntegerInputs]] = {one.form: one for one in (InputRounding, OutlierRounding)}
+    if meta["form"] not in forms:
+        raise ValueError(f"inputs of the form {meta['form']!r}; it must be one of {', '.join(forms)}")
+    return forms[meta["form"]]
 
 
 def rounds_of_weight(weight: CompressedWeight) -> Rounds | None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from .inputs import TOKEN_INT8, Inputs, empty_inputs, inputs_from
+from .inputs import TOKEN_INT8, IntegerInputs, integer_form
 from .value import dtype_name, named_dtype, payload, shape_of
 
 LAYOUT: Final = "int-quantized"
@@ -25,7 +25,7 @@ class Int8:
 
     codes: Tensor
     scale: Tensor
-    inputs: Inputs = TOKEN_INT8
+    inputs: IntegerInputs = TOKEN_INT8
 
     kind: ClassVar[str] = "int8"
 
@@ -83,7 +83,7 @@ class Int8:
         Raises KeyError if a tensor is missing.
         """
         codes = tensors["weight" if "weight" in tensors else "weight_codes"]
-        return cls(codes, tensors["weight_scale"], inputs_from(tensors, meta["inputs"]))
+        return cls(codes, tensors["weight_scale"], integer_form(meta["inputs"]).from_tensors(tensors, meta["inputs"]))
 
     def meta(self) -> dict[str, Any]:
         """Plain data: kind, shape, bits, the type of the scales, and of the inputs."""
@@ -96,4 +96,4 @@ class Int8:
         rows, columns = shape_of(meta)
         codes = torch.empty(rows, columns, dtype=torch.int8, device="meta")
         scale = torch.empty(rows, 1, dtype=named_dtype(meta["dtype"]), device="meta")
-        return cls(codes, scale, empty_inputs(meta["inputs"]))
+        return cls(codes, scale, integer_form(meta["inputs"]).empty(meta["inputs"]))

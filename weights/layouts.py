@@ -20,8 +20,9 @@ from .affine import Affine
 from .float import Float
 from .float_schemes import FORMATS, PLAIN, FloatScheme, portable_floats, renamed, require_readable
 from .float_schemes import read as read_float
+from .input_forms import inputs_from
 from .input_schemes import eight_bit_config, input_arguments, read_inputs
-from .inputs import PREFIX, SCALE, InputRounding, Inputs, inputs_from
+from .inputs import PREFIX, SCALE, InputRounding, Inputs
 from .int8 import LAYOUT as INT8_LAYOUT
 from .int8 import Int8
 from .kinds import empty, from_tensors

@@ -15,6 +15,7 @@ from .float import Float
 from .int8 import Int8
 from .kinds import from_tensors
 from .low_rank import LowRank
+from .mixed_columns import MixedColumns
 from .module import CompressedModule, shadow
 from .rounded_inputs import RoundedInputs
 from .sparse import Sparse
@@ -116,4 +117,6 @@ def holds_codes(weight: CompressedWeight) -> bool:
         return holds_codes(weight.inner)
     if isinstance(weight, Sparse):
         return weight.scales is not None
-    return isinstance(weight, Affine | Bilevel | Codebook | Float | Int8 | RoundedInputs | VectorCodebook)
+    return isinstance(
+        weight, Affine | Bilevel | Codebook | Float | Int8 | MixedColumns | RoundedInputs | VectorCodebook
+    )

@@ -25,7 +25,7 @@ from ..layer import LayerMethod, LayerTask
 from ..masks import pattern_of
 from ..obs import InverseFactor, inverse_factor
 from ..settings import MethodSettings
-from . import autoround_layer, awq_layer, llm_int8, smoothquant_layer
+from . import autoround_layer, awq_layer, llm_int8, quik_layer, smoothquant_layer
 from .activations import asks_for_largest, rounding_inputs
 from .gptq import gptq
 from .grids import expected_on_grid, grid_misfit, grid_of, has_common_scale, largest_of_all
@@ -39,6 +39,7 @@ from .settings_awq import Awq
 from .settings_llm_int8 import LlmInt8
 from .settings_obq import Obq
 from .settings_outliers import Gobo, Spqr
+from .settings_quik import Quik
 from .settings_smoothquant import SmoothQuant
 from .vector_methods import FALLBACK as VECTOR_FALLBACK
 from .vector_methods import METHODS as VECTOR_METHODS
@@ -179,12 +180,28 @@ METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
             asks_for_largest=asks_for_largest,
             scaling=smoothquant_layer.SCALING,
         ),
+        Quik: LayerMethod(
+            compress=quik_layer.compress,
+            expect=quik_layer.expect,
+            statistic="hessian",
+            prepare_ranged=quik_layer.prepare,
+            asks_for_largest=lambda settings: True,
+            note=quik_layer.note,
+        ),
         LlmInt8: LayerMethod(compress=llm_int8.compress, expect=llm_int8.expect),
         **VECTOR_METHODS,
     }
 )
 
 FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType(
-    {Gptq: _plainer, Awq: _plainer, Spqr: _plainer, Obq: _plainer, AutoRound: _plainer, **VECTOR_FALLBACK}
+    {
+        Gptq: _plainer,
+        Awq: _plainer,
+        Spqr: _plainer,
+        Obq: _plainer,
+        AutoRound: _plainer,
+        Quik: _plainer,
+        **VECTOR_FALLBACK,
+    }
 )
 """What is done instead of a method where it doesn't serve: settings -> plainer settings."""
