@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelzip.weights.inputs import Rounds, straight_through
-from modelzip.weights.layouts import decoder, inputs_of, rounds_inputs, says_of_inputs
+from modelzip.weights.inputs import Rounds, says_of_inputs, straight_through
+from modelzip.weights.layouts import decoder, inputs_of, rounds_inputs
 
 from .errors import CheckpointError
 from .index import Checkpoint

@@ -107,10 +107,9 @@ class LayerMethod:
     x xᵀ, [in, in]; "block": none, but the inputs of whole blocks, for `tune`. prepare: what linears with the same
     input share, made from the statistic once, whatever the bits; may raise UnsuitableError.
     prepare_ranged: the same of a method that always asks for the largest |x|, from the statistic and these, [in].
-    compress: the compressed
-    weight; may raise UnsuitableError. expect: from what a matrix is now (on the meta device), settings and the dtype of
-    stored values, what it will become, on the meta device and at its largest if that depends on values, or a part of a
-    sentence that says why the method can't take it.
+    compress: the compressed weight; may raise UnsuitableError. expect: from what a matrix is now (on the meta device),
+    settings and the dtype of stored values, what it will become, on the meta device and at its largest if that depends
+    on values, or a part of a sentence that says why the method can't take it.
     survey: looks at all matrices (settings, weight) of a stage once before the first is compressed. is_surveyed: of
     which settings they are; all without.
     asks_for_largest: of which settings the largest |x| are gathered beside the statistic.

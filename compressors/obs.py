@@ -91,9 +91,8 @@ def inverse_factor(
 
     order: "activation" takes columns by falling diagonal, "rising" by rising diagonal, "none" as they stand. together:
     so many columns in a row stay together, ordered by the sum of their diagonal; must divide the columns. last: columns
-    that come after all others, int64 [count], in this order. Damping rises
-    by factors of √10 from `damping` to `max_damping`, first in fp32, then in fp64. Raises SingularHessianError at the
-    end of the ladder.
+    that come after all others, int64 [count], in this order. Damping rises by factors of √10 from `damping` to
+    `max_damping`, first in fp32, then in fp64. Raises SingularHessianError at the end of the ladder.
     """
     require_finite(hessian)
     diagonal = hessian.diagonal()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -45,6 +46,20 @@ def read_inputs(group: Mapping[str, Any], scale_dtype: str) -> dict[str, Any] | 
         kind = f"{asked.get('num_bits')} bit {asked.get('type')} by {strategy}"
         raise ValueError(f"quantized as compressed-tensors with inputs of {kind}")
     return {"form": InputRounding.form, "number": number, "scale": None if is_dynamic else scale_dtype}
+
+
+def group_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The group that covers a linear, in compressed-tensors' order: by its name, by a pattern, by its class.
+
+    Raises ValueError if no group does.
+    """
+    groups = {target: group for group in config["config_groups"].values() for target in group["targets"]}
+    patterns = (t for t in sorted(groups) if t.startswith("re:") and re.match(t.removeprefix("re:"), name))
+    target = next((target for target in (name, *patterns, "Linear") if target in groups), None)
+    if target is None:
+        raise ValueError(f"quantized as compressed-tensors with no group for {name}")
+    found: Mapping[str, Any] = groups[target]
+    return found
 
 
 def eight_bit_config(

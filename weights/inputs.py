@@ -182,6 +182,11 @@ def integer_form(meta: Mapping[str, Any]) -> type[IntegerInputs]:
     return forms[meta["form"]]
 
 
+def says_of_inputs(suffix: str) -> bool:
+    """Whether a tensor of a compressed module says how inputs are rounded."""
+    return suffix == SCALE or suffix.startswith(PREFIX)
+
+
 def rounds_of_weight(weight: CompressedWeight) -> Rounds | None:
     """What a weight does to its inputs before the product; None if it takes them as they come."""
     return getattr(weight, "round_inputs", None)

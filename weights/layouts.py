@@ -7,7 +7,6 @@ which it calls otherwise (`stored_tensors`); the rest, and all other kinds of we
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from .float import Float
 from .float_schemes import FORMATS, PLAIN, FloatScheme, portable_floats, renamed, require_readable
 from .float_schemes import read as read_float
 from .input_forms import inputs_from
-from .input_schemes import eight_bit_config, input_arguments, read_inputs
+from .input_schemes import eight_bit_config, group_of, input_arguments, read_inputs
 from .inputs import PREFIX, SCALE, InputRounding, Inputs
 from .int8 import LAYOUT as INT8_LAYOUT
 from .int8 import Int8
@@ -260,18 +259,13 @@ def input_meta(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tenso
         found = config["modules"].get(name, {}).get("inputs")
         return None if found is None else dict(found)
     scale = tensors.get(SCALE)
-    return read_inputs(_group(config, name), "" if scale is None else dtype_name(scale.dtype))
+    return read_inputs(group_of(config, name), "" if scale is None else dtype_name(scale.dtype))
 
 
 def inputs_of(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> Inputs | None:
     """How a compressed module rounds its inputs. tensors: those of its own that `says_of_inputs` names, by suffix."""
     meta = input_meta(config, name, tensors)
     return None if meta is None else inputs_from(tensors, meta)
-
-
-def says_of_inputs(suffix: str) -> bool:
-    """Whether a tensor of a compressed module says how inputs are rounded."""
-    return suffix == SCALE or suffix.startswith(PREFIX)
 
 
 def _holds_int8(config: Mapping[str, Any]) -> bool:
@@ -296,19 +290,5 @@ def check_version(version: int) -> None:
         raise ValueError(f"this model is in layout version {version} of modelzip; installed is version {VERSION}")
 
 
-def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The group that covers a linear, in compressed-tensors' order: by its name, by a pattern, by its class.
-
-    Raises ValueError if no group does.
-    """
-    groups = {target: group for group in config["config_groups"].values() for target in group["targets"]}
-    patterns = (t for t in sorted(groups) if t.startswith("re:") and re.match(t.removeprefix("re:"), name))
-    target = next((target for target in (name, *patterns, "Linear") if target in groups), None)
-    if target is None:
-        raise ValueError(f"quantized as {COMPRESSED_TENSORS} with no group for {name}")
-    found: Mapping[str, Any] = groups[target]
-    return found
-
-
 def _bits(config: Mapping[str, Any], name: str) -> int:
-    return int(_group(config, name)["weights"]["num_bits"])
+    return int(group_of(config, name)["weights"]["num_bits"])
