@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from modelzip.weights.inputs import Rounds, says_of_inputs, straight_through
-from modelzip.weights.layouts import decoder, inputs_of, rounds_inputs
+from modelzip.weights.layouts import MODELZIP, decoder, inputs_of, rounds_inputs
+from modelzip.weights.value import CompressedWeight
 
 from .errors import CheckpointError
 from .index import Checkpoint
@@ -51,6 +52,22 @@ def rounds_of(checkpoint: Checkpoint, device: torch.device) -> RoundsOf | None:
         return None if inputs is None else inputs.rounded
 
     return rounds
+
+
+def products_of(
+    checkpoint: Checkpoint, device: torch.device
+) -> Callable[[str, Mapping[str, str]], CompressedWeight] | None:
+    """The weights of linears that round their inputs, where the reopened model's products are the weights' own."""
+    config = checkpoint.quantization
+    if config is None or config.get("quant_method") != MODELZIP or not rounds_inputs(config):
+        return None
+    decode = decoder(config)
+
+    def weight(name: str, parts: Mapping[str, str]) -> CompressedWeight:
+        read = checkpoint.read(parts.values(), device=device)
+        return decode(name, {suffix: read[tensor] for suffix, tensor in parts.items()})
+
+    return weight
 
 
 def load_whole(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Any:

@@ -45,6 +45,9 @@ class StreamedModel:
     dtype: of activations, norms and biases. Matrix products run in fp32 where the CPU has no fast units for `dtype`.
     decode: makes the dense weight of a linear that the checkpoint holds compressed. rounds: what becomes of the inputs
     of such a linear, by its name and parts (suffix: tensor); None for those that take them as they come.
+    products: the weight itself of such a linear whose product is to be the weight's own, since the reopened model's is:
+    where inputs are rounded, a sum in another order can move the next linear's inputs to other numbers. Used without
+    gradients.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class StreamedModel:
         device: torch.device,
         decode: Decode | None = None,
         rounds: RoundsOf | None = None,
+        products: Callable[[str, Mapping[str, str]], CompressedWeight] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
@@ -72,6 +76,8 @@ class StreamedModel:
         self._outside: set[str] = set()
         self._stand_ins: dict[str, Callable[[], Tensor]] = {}
         self._rounds: dict[str, Rounds] = {}
+        self._products = products
+        self._held: dict[str, CompressedWeight] = {}
         self._modules = dict(self.model.named_modules())
         for name, module in self._modules.items():
             if isinstance(module, nn.Linear | Conv1D):
@@ -87,9 +93,12 @@ class StreamedModel:
         self._fill([block.name], self.dtype)
         for name in (*(linear.name for linear in block.linears), *block.sharers):
             self.set_weight(name, self.linear(name).weight.data)
+            if self._products is not None and name in self._rounds:
+                self._held[name] = self._products(name, self.names.parts(name))
 
     def free(self, block: Block) -> None:
         """Take the block's values away."""
+        self._held.clear()
         release(self.model, [block.name])
 
     def linear(self, name: str) -> nn.Linear | Conv1D:
@@ -105,6 +114,7 @@ class StreamedModel:
     def set_weight(self, name: str, stored: Tensor) -> None:
         """Exchange the weight of a loaded linear; `stored` lies as the module stores it ([in, out] for a Conv1D)."""
         self.linear(name).weight.data = stored.to(self.product_dtype)
+        self._held.pop(name, None)
 
     def replace(self, name: str, weight: Tensor) -> None:
         """Exchange the weight [out, in] of a loaded linear."""
@@ -121,6 +131,9 @@ class StreamedModel:
 
     def _of_rounded(self, name: str, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
+            if name in self._held and not torch.is_grad_enabled():
+                made, bias = self._held[name].matmul(x), self.linear(name).bias
+                return made if bias is None else made + bias
             rounds = self._rounds.get(name)
             return product(x if rounds is None else rounds(x))
 

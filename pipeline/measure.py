@@ -13,7 +13,7 @@ from torch import Tensor
 from modelzip.checkpoints.blocks import is_own
 from modelzip.checkpoints.errors import MachineError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.loaded import decode_of, rounds_of
+from modelzip.checkpoints.loaded import decode_of, products_of, rounds_of
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.evaluation.agreement import measure
 from modelzip.evaluation.masked import Hidden, hide, pseudo_perplexity
@@ -61,7 +61,12 @@ def open_streamed(checkpoint: Checkpoint, dtype: str, device: torch.device) -> S
 def streamed_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> StreamedModel:
     """The same, activations in this very type. Raises CheckpointError for a model without blocks."""
     return StreamedModel(
-        checkpoint, dtype=dtype, device=device, decode=decode_of(checkpoint), rounds=rounds_of(checkpoint, device)
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        decode=decode_of(checkpoint),
+        rounds=rounds_of(checkpoint, device),
+        products=products_of(checkpoint, device),
     )
 
 

@@ -24,9 +24,9 @@ TOLERANCE = 1e-3
 """Largest allowed difference of a logit, relative to the largest logit; both sides compute in fp32."""
 
 ROUNDED_TOLERANCE = 0.1
-"""The same where inputs are rounded as they come, of the norms of all logits: a difference of the last digit, such as
-between a product of integers and one of floats, moves some inputs to the next number, and layer after layer more. That
-of another model is over 1."""
+"""The same where inputs are rounded as they come, of the norms of all logits. Both sides compute alike, and differ by
+nothing where products sum in the same order on so many threads; elsewhere a difference of the last digit moves some
+inputs to the next number, and layer after layer more. That of another model is over 1."""
 
 
 def verify(
@@ -35,7 +35,7 @@ def verify(
     """Reopen `folder` in a fresh process on `inputs` and compare its output with what `expect` gives meanwhile.
 
     own_layout: whether the process must import modelzip.weights first. rounds: whether inputs of linears are rounded as
-    they come, and products summed in another order than here. Returns max_logit_difference and tokens.
+    they come, so that differences of the last digit may grow. Returns max_logit_difference and tokens.
     Raises OutputError if the folder doesn't open, or opens as another model.
     """
     with tempfile.TemporaryDirectory(prefix="modelzip-") as name:
