@@ -27,7 +27,7 @@ def test_it_opens_through_the_plug_in(speaking, compress, tmp_path, model):
 
 
 def test_what_is_measured_is_what_the_model_computes_and_the_threshold_counts(speaking, compress, tmp_path):
-    """A threshold that some inputs of this small model reach. Measured: 0 and 2.8e-7; 0.019 from the original, 0.029
+    """A threshold that some inputs of this small model reach. Measured: 0 and 2.3e-7; 0.019 from the original, 0.029
     where no column stays exact."""
     ids = torch.arange(3, 35).reshape(2, 16)
     original = transformers.AutoModelForCausalLM.from_pretrained(speaking("llama"), dtype=torch.float32)
@@ -45,5 +45,6 @@ def test_what_is_measured_is_what_the_model_computes_and_the_threshold_counts(sp
                 float((one - two).norm() / two.norm())
                 for one, two in ((streamed, opened), (whole, streamed), (opened, exact))
             ]
-    assert max(off[1.0][:2]) < 1e-4
+    assert off[1.0][0] == 0  # the same products of integers: with floats in their place, 2.3e-7
+    assert off[1.0][1] < 1e-4
     assert off[1.0][2] < 0.8 * off[1e6][2]
