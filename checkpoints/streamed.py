@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from modelzip.kernels.mixed_linear import mixed_linear
+from modelzip.weights.inputs import Rounds, rounds_of_weight, straight_through
+from modelzip.weights.value import CompressedWeight
 
 from .blocks import Block, Structure, find_structure
 from .index import Checkpoint
@@ -20,6 +22,8 @@ from .reader import Decode, NameMap, materialise, move_buffers, release
 from .skeleton import skeleton
 from .spill import Spill
 from .walk import Stop, Walk
+
+RoundsOf: TypeAlias = Callable[[str, Mapping[str, str]], Rounds | None]
 
 HEAD_ROWS = 8192
 """Rows of an output head that are cast to the type of the product at once."""
@@ -40,7 +44,10 @@ class StreamedModel:
 
     dtype: of activations, norms and biases. Matrix products run in fp32 where the CPU has no fast units for `dtype`.
     decode: makes the dense weight of a linear that the checkpoint holds compressed. rounds: what becomes of the inputs
-    of such a linear.
+    of such a linear, by its name and parts (suffix: tensor); None for those that take them as they come.
+    products: the weight itself of such a linear whose product is to be the weight's own, since the reopened model's is:
+    where inputs are rounded, a sum in another order can move the next linear's inputs to other numbers. Used without
+    gradients.
     """
 
     def __init__(
@@ -50,7 +57,8 @@ class StreamedModel:
         dtype: torch.dtype,
         device: torch.device,
         decode: Decode | None = None,
-        rounds: Callable[[Tensor], Tensor] | None = None,
+        rounds: RoundsOf | None = None,
+        products: Callable[[str, Mapping[str, str]], CompressedWeight] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
@@ -67,12 +75,16 @@ class StreamedModel:
         self._decode = decode
         self._outside: set[str] = set()
         self._stand_ins: dict[str, Callable[[], Tensor]] = {}
+        self._rounds: dict[str, Rounds] = {}
+        self._products = products
+        self._held: dict[str, CompressedWeight] = {}
         self._modules = dict(self.model.named_modules())
         for name, module in self._modules.items():
             if isinstance(module, nn.Linear | Conv1D):
-                if rounds is not None and self.names.parts(name):
-                    module.register_forward_pre_hook(_rounding(rounds))
-                module.forward = _product(module, self.product_dtype)  # type: ignore[method-assign]
+                if rounds is not None and (parts := self.names.parts(name)):
+                    self._round(name, rounds(name, parts))
+                product = _product(module, self.product_dtype)
+                module.forward = self._of_rounded(name, product)  # type: ignore[method-assign]
             elif isinstance(module, nn.Embedding):
                 module.register_forward_hook(_cast(dtype))
 
@@ -81,9 +93,12 @@ class StreamedModel:
         self._fill([block.name], self.dtype)
         for name in (*(linear.name for linear in block.linears), *block.sharers):
             self.set_weight(name, self.linear(name).weight.data)
+            if self._products is not None and name in self._rounds:
+                self._held[name] = self._products(name, self.names.parts(name))
 
     def free(self, block: Block) -> None:
         """Take the block's values away."""
+        self._held.clear()
         release(self.model, [block.name])
 
     def linear(self, name: str) -> nn.Linear | Conv1D:
@@ -99,10 +114,30 @@ class StreamedModel:
     def set_weight(self, name: str, stored: Tensor) -> None:
         """Exchange the weight of a loaded linear; `stored` lies as the module stores it ([in, out] for a Conv1D)."""
         self.linear(name).weight.data = stored.to(self.product_dtype)
+        self._held.pop(name, None)
 
     def replace(self, name: str, weight: Tensor) -> None:
         """Exchange the weight [out, in] of a loaded linear."""
         self.set_weight(name, weight.T if isinstance(self.linear(name), Conv1D) else weight)
+
+    def hold(self, name: str, weight: CompressedWeight) -> None:
+        """Let a loaded linear compute as this weight does: with its matrix, and with inputs that it rounds."""
+        self.replace(name, weight.dense(torch.float32).to(self.device))
+        self._round(name, rounds_of_weight(weight))
+
+    def _round(self, name: str, rounds: Rounds | None) -> None:
+        if rounds is not None:
+            self._rounds[name] = straight_through(rounds)
+
+    def _of_rounded(self, name: str, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            if name in self._held and not torch.is_grad_enabled():
+                made, bias = self._held[name].matmul(x), self.linear(name).bias
+                return made if bias is None else made + bias
+            rounds = self._rounds.get(name)
+            return product(x if rounds is None else rounds(x))
+
+        return forward
 
     def stand_in(self, name: str, read: Callable[[], Tensor]) -> None:
         """From now on, a module outside the blocks gets this weight when it is reached, not the checkpoint's."""
@@ -220,13 +255,6 @@ def _product(module: nn.Linear | Conv1D, dtype: torch.dtype) -> Callable[[Tensor
         return out
 
     return forward
-
-
-def _rounding(rounds: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (rounds(args[0]), *args[1:])
-
-    return hook
 
 
 def _cast(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -17,8 +17,10 @@ from modelzip.compressors.prune.structural_settings import Heads, Layers, Neuron
 from modelzip.compressors.quantize.settings import Gptq, Hqq, QuantizeSettings, Rtn
 from modelzip.compressors.quantize.settings_autoround import AutoRound
 from modelzip.compressors.quantize.settings_awq import Awq
+from modelzip.compressors.quantize.settings_llm_int8 import LlmInt8
 from modelzip.compressors.quantize.settings_obq import Obq
 from modelzip.compressors.quantize.settings_outliers import Gobo, Spqr
+from modelzip.compressors.quantize.settings_quik import Quik
 from modelzip.compressors.quantize.settings_smoothquant import SmoothQuant
 from modelzip.compressors.quantize.settings_vector import Aqlm, Gptvq, Ipq, Pq
 from modelzip.compressors.settings import MethodSettings
@@ -27,11 +29,11 @@ QUANTIZE: Final[Mapping[str, type[QuantizeSettings]]] = MappingProxyType(
     {
         **{"rtn": Rtn, "hqq": Hqq, "gobo": Gobo, "awq": Awq, "gptq": Gptq, "spqr": Spqr, "obq": Obq},
         **{"pq": Pq, "ipq": Ipq, "gptvq": Gptvq, "aqlm": Aqlm, "smoothquant": SmoothQuant},
-        **{"autoround": AutoRound},
+        **{"autoround": AutoRound, "llm-int8": LlmInt8, "quik": Quik},
     }
 )
 QuantizeMethod = Annotated[
-    Rtn | Hqq | Gobo | Awq | Gptq | Spqr | Obq | Pq | Ipq | Gptvq | Aqlm | SmoothQuant | AutoRound,
+    Rtn | Hqq | Gobo | Awq | Gptq | Spqr | Obq | Pq | Ipq | Gptvq | Aqlm | SmoothQuant | AutoRound | LlmInt8 | Quik,
     Field(discriminator="method"),
 ]
 

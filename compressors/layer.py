@@ -25,7 +25,8 @@ class LayerTask:
     weight: fp32 [out, in]. prepared: what the method's `prepare` made of the statistic, None without one.
     surveyed: what its `survey` found over all matrices, None without one. dtype: of stored values and scales.
     kept: bool [out, in], False where an earlier stage has set an entry to zero for good; None if it did nowhere.
-    generator: for what is drawn by chance, seeded from the recipe's seed and the module's name.
+    generator: for what is drawn by chance, seeded from the recipe's seed and the module's name. largest: of |x| over
+    the calibration tokens, fp32 [in]; None if the method doesn't ask for it, or no token reaches the matrix.
     """
 
     weight: Tensor
@@ -35,6 +36,7 @@ class LayerTask:
     prepared: Any = None
     surveyed: Any = None
     kept: Tensor | None = None
+    largest: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,14 @@ class LayerMethod:
 
     statistic: of the inputs x over the calibration tokens; "squares": the mean of x², [in]; "hessian": the mean of
     x xᵀ, [in, in]; "block": none, but the inputs of whole blocks, for `tune`. prepare: what linears with the same
-    input share, made from the statistic once, whatever the bits; may raise UnsuitableError. compress: the compressed
-    weight; may raise UnsuitableError. expect: from what a matrix is now (on the meta device), settings and the dtype of
-    stored values, what it will become, on the meta device and at its largest if that depends on values, or a part of a
-    sentence that says why the method can't take it.
+    input share, made from the statistic once, whatever the bits; may raise UnsuitableError.
+    prepare_ranged: the same of a method that always asks for the largest |x|, from the statistic and these, [in].
+    compress: the compressed weight; may raise UnsuitableError. expect: from what a matrix is now (on the meta device),
+    settings and the dtype of stored values, what it will become, on the meta device and at its largest if that depends
+    on values, or a part of a sentence that says why the method can't take it.
     survey: looks at all matrices (settings, weight) of a stage once before the first is compressed. is_surveyed: of
     which settings they are; all without.
+    asks_for_largest: of which settings the largest |x| are gathered beside the statistic.
     note: what the report says of a preparation that isn't the ordinary one, or None. scaling: scales of the inputs that
     are chosen for the original model and folded into the modules before, None for methods that have none.
     tune: compresses the matrices of a block together; all of its settings that aren't of single matrices are the
@@ -119,8 +123,10 @@ class LayerMethod:
     expect: Callable[[CompressedWeight, Any, torch.dtype], CompressedWeight | str]
     statistic: StatisticKind = "none"
     prepare: Callable[[Tensor, Any], Any] | None = None
+    prepare_ranged: Callable[[Tensor, Tensor, Any], Any] | None = None
     survey: Callable[[Iterator[tuple[Any, Tensor]]], Any] | None = None
     is_surveyed: Callable[[Any], bool] | None = None
+    asks_for_largest: Callable[[Any], bool] | None = None
     note: Callable[[Any, Any], str | None] | None = None
     scaling: Scaling | None = None
     tune: Callable[[BlockTask], BlockMade] | None = None

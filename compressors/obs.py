@@ -79,14 +79,20 @@ def require_finite(hessian: Tensor) -> None:
 
 
 def inverse_factor(
-    hessian: Tensor, *, damping: float, max_damping: float, order: str, together: int = 1
+    hessian: Tensor,
+    *,
+    damping: float,
+    max_damping: float,
+    order: str,
+    together: int = 1,
+    last: Tensor | None = None,
 ) -> InverseFactor:
     """Factorise the inverse of hessian [in, in]; one factor serves all linears that share an input.
 
     order: "activation" takes columns by falling diagonal, "rising" by rising diagonal, "none" as they stand. together:
-    so many columns in a row stay together, ordered by the sum of their diagonal; must divide the columns. Damping rises
-    by factors of √10 from `damping` to `max_damping`, first in fp32, then in fp64. Raises SingularHessianError at the
-    end of the ladder.
+    so many columns in a row stay together, ordered by the sum of their diagonal; must divide the columns. last: columns
+    that come after all others, int64 [count], in this order. Damping rises by factors of √10 from `damping` to
+    `max_damping`, first in fp32, then in fp64. Raises SingularHessianError at the end of the ladder.
     """
     require_finite(hessian)
     diagonal = hessian.diagonal()
@@ -96,6 +102,8 @@ def inverse_factor(
         use = diagonal.reshape(-1, together).sum(1)
         permutation = permutation[use.argsort(descending=order == "activation", stable=True)]
     permutation = permutation.reshape(-1)
+    if last is not None:
+        permutation = torch.cat([permutation[~torch.isin(permutation, last)], last])
     backwards = permutation.flip(0)
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
     rungs = ladder(damping, max_damping)

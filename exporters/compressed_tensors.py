@@ -21,7 +21,8 @@ from modelzip.compressors.quantize.grid import fit_grid
 from modelzip.recipes.export_formats import AUTO
 from modelzip.weights.affine import Affine
 from modelzip.weights.float import Float
-from modelzip.weights.int8 import Int8, eight_bit_config
+from modelzip.weights.input_schemes import eight_bit_config
+from modelzip.weights.int8 import Int8
 from modelzip.weights.kv_cache import SCHEME
 from modelzip.weights.layouts import (
     COMPRESSED_TENSORS,
@@ -87,7 +88,7 @@ def _as_it_is(request: Request, source: Source) -> Written:
     config = checkpoint.quantization or {}
     entries = list(cast_entries(checkpoint, request.dtype, _parts_of_all(source)))
     if config.get("quant_method") == MODELZIP:
-        entries += _renamed_floats(source)
+        entries += _renamed(source)
     if config.get("quant_method") == COMPRESSED_TENSORS and not entries:
         raise CheckpointError(f"{checkpoint.source} is {COMPRESSED_TENSORS} already, so there is nothing to do.")
     metas = {name: weight.meta() for name in source.matrices() if (weight := source.stored(name)) is not None}
@@ -97,11 +98,11 @@ def _as_it_is(request: Request, source: Source) -> Written:
     return Written(write_folder(request, entries, format=COMPRESSED_TENSORS, config=whole), cast_note(request))
 
 
-def _renamed_floats(source: Source) -> Iterator[Entry]:
-    """Floats of modelzip's own layout as compressed-tensors calls them."""
+def _renamed(source: Source) -> Iterator[Entry]:
+    """Weights of modelzip's own layout that compressed-tensors calls otherwise, as it does."""
     for name in source.matrices():
         weight, parts = source.stored(name), source.parts(name)
-        if not isinstance(weight, Float):
+        if weight is None or isinstance(weight, Affine):
             continue
         suffix, tensor = next(iter(parts.items()))
 

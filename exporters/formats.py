@@ -89,7 +89,7 @@ def refusal(request: Request, format: str) -> str | None:
     source = request.source
     if rounds_inputs(checkpoint.quantization or {}) and format != COMPRESSED_TENSORS:
         return (
-            f"{checkpoint.source}: its linears round their inputs to 8 bits, which {format} doesn't say; export the "
+            f"{checkpoint.source}: its linears round their inputs, which {format} doesn't say; export the "
             "original, or another result of it."
         )
     misfit = _misfit(format, source, request.scheme)

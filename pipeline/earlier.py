@@ -44,4 +44,4 @@ def _put(
 ) -> None:
     weight = written_weight(plan, part, record)
     if weight is not None:
-        streamed.replace(name, weight.dense(streamed.product_dtype).to(streamed.device))
+        streamed.hold(name, weight)

@@ -9,7 +9,7 @@ from modelzip.checkpoints.errors import ModelzipError
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.compressors.settings import MethodSettings
 
-from .module_plan import ModulePlan, method_of
+from .module_plan import ModulePlan, looks_at_inputs
 
 MOST_FALLBACKS: Final = 0.1
 """Share of modules that may fall back to rounding; more is an error, since that isn't the method asked for."""
@@ -32,6 +32,6 @@ def check_fallbacks(targets: Mapping[str, ModulePlan], writer: CheckpointWriter)
 
 
 def _mend(settings: MethodSettings) -> str:
-    if method_of(settings).statistic == "none":
+    if not looks_at_inputs(settings):
         return "choose other settings, or leave these modules out with --ignore"
     return "give more calibration data (--samples), or choose a --method that needs none"

@@ -13,9 +13,12 @@ from modelzip.weights.bilevel import Bilevel
 from modelzip.weights.codebook import Codebook
 from modelzip.weights.dense import Dense
 from modelzip.weights.float import BYTE_SCALES, Float
+from modelzip.weights.inputs import IntegerInputs, OutlierRounding
 from modelzip.weights.int8 import Int8
 from modelzip.weights.kronecker import Kronecker
 from modelzip.weights.low_rank import Factor, LowRank
+from modelzip.weights.mixed_columns import MixedColumns
+from modelzip.weights.rounded_inputs import RoundedInputs
 from modelzip.weights.sparse import Sparse
 from modelzip.weights.tensor_train import TensorTrain
 from modelzip.weights.value import CompressedWeight
@@ -75,7 +78,12 @@ def described(weight: CompressedWeight) -> str:
             scales = f" {weight.scale_kind}" if weight.scale_kind in BYTE_SCALES else ""
             return f"{weight.element.bits} bit {weight.element.name}, {_shared(weight)}{scales}"
         case Int8():
-            return "8 bit, one scale a row, inputs of 8 bit"
+            return f"8 bit, one scale a row, {_inputs(weight.inputs)}"
+        case MixedColumns():
+            columns = 100 * weight.exact.shape[1] / weight.shape[1]
+            return f"{described(weight.inner)}, {columns:.3g} % of columns exact, inputs of {weight.inputs.bits} bit"
+        case RoundedInputs():
+            return f"{described(weight.inner)}, {_inputs(weight.inputs)}"
         case Codebook():
             offsets = "" if weight.offset is None else " with offsets"
             by_row = weight.group_size == weight.shape[1]
@@ -105,6 +113,14 @@ def described(weight: CompressedWeight) -> str:
         case Dense():
             return "dense"
     raise AssertionError(f"a kind without words: {weight.kind}")
+
+
+def _inputs(inputs: IntegerInputs) -> str:
+    """Such as `inputs of 8 bit`, `inputs of fp8 by one scale`."""
+    number = "8 bit" if inputs.number == "int8" else inputs.number
+    if isinstance(inputs, OutlierRounding):
+        return f"inputs of {number}, columns exact from {inputs.threshold:g}"
+    return f"inputs of {number}" if inputs.scale is None else f"inputs of {number} by one scale"
 
 
 def _vectors(weight: VectorCodebook) -> str:

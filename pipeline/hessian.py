@@ -25,6 +25,12 @@ def accumulate(total: Tensor, inputs: Tensor) -> int:
     return rows.shape[0]
 
 
+def widen(largest: Tensor, inputs: Tensor) -> None:
+    """Raise largest [in], fp32, to the largest magnitudes of inputs [..., in]."""
+    for part in torch.split(inputs.reshape(-1, inputs.shape[-1]), SLAB):
+        torch.maximum(largest, part.float().abs().amax(0), out=largest)
+
+
 def finish(total: Tensor, tokens: int) -> Tensor:
     """The mean over tokens, with the upper half filled from the lower; `total` is used up."""
     if tokens == 0:

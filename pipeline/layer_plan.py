@@ -17,7 +17,6 @@ from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.skeleton import skeleton
 from modelzip.recipes.match import settings_for
 from modelzip.weights.dense import Dense
-from modelzip.weights.int8 import Int8
 from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, decoder, opened_dense, stored
 from modelzip.weights.value import CompressedWeight
 
@@ -28,7 +27,7 @@ from .expert_plan import experts_note, with_experts
 from .fold_plan import Folding, memory_held, plan_rotation, plan_scales
 from .forms import described, expected, fitted, taken_group
 from .layer_result import planned_result
-from .module_plan import ModulePlan, method_of, value_dtype
+from .module_plan import ModulePlan, looks_at_inputs, method_of, unshared, value_dtype
 from .patterns import others, pattern_problems
 from .portable import choose_layout
 from .request import Request
@@ -124,7 +123,7 @@ def plan_layers(request: Request) -> LayerPlan:
     after = checkpoint.nbytes - sum(m.before.nbytes for m in modules) + sum(m.after.nbytes for m in modules) + added
     forms = weights | of_all_widths(foreseen.budget, modules)
     layout, layout_note = _layout(request, forms, structure, names, cache)
-    has_statistics = any(method_of(module.settings).statistic != "none" for module in modules)
+    has_statistics = any(looks_at_inputs(module.settings) for module in modules)
     needs_data = has_statistics or foreseen.budget is not None or bool(folding and folding.scaled)
     needs_data = needs_data or bool(cache and cache.is_new)
     needed = memory_needed(request.recipe, checkpoint, structure, model.config, needs_data=needs_data)
@@ -223,7 +222,7 @@ def _modules(
             continue
         replaces = tuple(names.parts(linear.name).values()) or (linear.tensor,)
         planned = ModulePlan(linear.name, settings, before, after, note, linear, replaces)
-        if reason := refusal(planned):
+        if reason := refusal(planned) or unshared(planned):
             refused[linear.name] = reason
             continue
         modules.append(planned)
@@ -261,8 +260,6 @@ def _layout(
         layout = MODELZIP if reason and asked == "auto" else layout
     if reason and layout == COMPRESSED_TENSORS:
         request.problems.append(f"{request.where}: {reason}; leave out --layout, or choose modelzip.")
-    if layout == MODELZIP and any(isinstance(weight, Int8) for weight in weights.values()):
-        request.problems.append(f"{request.where}: inputs of 8 bit are written for compressed-tensors alone: {reason}.")
     if layout == MODELZIP:
         why = f" ({reason})" if reason else ""
         return layout, [f"the result is in modelzip's own layout{why}: opening it needs `import modelzip.weights`"]

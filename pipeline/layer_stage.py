@@ -30,7 +30,7 @@ from .identity import PROVENANCE
 from .layer_plan import LayerPlan, weights_now
 from .layerwise import Job, compress_blocks
 from .measure import open_streamed
-from .module_plan import method_of
+from .module_plan import looks_at_inputs
 from .scales import choose_scales, keep, kept
 from .serving import at_sharers, shared_after
 from .text import Windows
@@ -74,7 +74,7 @@ def run_layers(
         begin = context.clock.add("fold", begin)
         streamed = open_streamed(source, context.recipe.dtype, context.device)
         size = context.recipe.calibration.batch_size
-        looks = any(method_of(module.settings).statistic != "none" for module in plan.modules)
+        looks = any(looks_at_inputs(module.settings) for module in plan.modules)
         data = [] if windows is None else batches(windows.tokens, size, forward_inputs(streamed.model))
         begin = context.clock.add("open", begin)
         plan, chosen = settled(plan, streamed, data, work=workspace_of(target), context=context, spill=spill)

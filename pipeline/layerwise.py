@@ -30,7 +30,7 @@ from .blockwise import tune_block
 from .clock import Clock
 from .earlier import is_written, restore, restore_shared
 from .fallbacks import check_fallbacks
-from .hessian import accumulate, finish
+from .hessian import accumulate, finish, widen
 from .matrices import dense_parts, record_of, require_finite, stored_weight
 from .module_plan import ModulePlan, method_of, value_dtype
 from .progress import Progress
@@ -226,7 +226,7 @@ class _BlockWork:
         self.done, self.records = tune_block(plans, self._streamed, self._walk, block, seed=self._job.seed)
         for name, made in self.done.items() if self._job.propagate == "compressed" else ():
             if made is not None:
-                self._streamed.replace(name, made.dense(torch.float32))
+                self._streamed.hold(name, made)
         self._clock.add("solve", begin)
 
     def _siblings(self, by_name: Mapping[str, Linear], scout: int, shared: Statistic) -> None:
@@ -246,13 +246,17 @@ class _BlockWork:
             mine = self._known.pooled.get(linear.name)
             if mine is not shared and (mine is not None or shared.is_pooled):
                 return
-            if shared.value.ndim == 1 and solve.statistic_of(self._job.targets[linear.name]) == "hessian":
+            plan = self._job.targets[linear.name]
+            if shared.value.ndim == 1 and solve.statistic_of(plan) == "hessian":
+                return
+            if shared.largest is None and solve.asks_for_largest(plan):
                 return
             self._compress(linear, shared)
 
     def _statistics(self, linear: Linear, batches: list[int]) -> Statistic | None:
-        kind = solve.statistic_of(self._job.targets[linear.name])
-        if kind == "none":
+        plan = self._job.targets[linear.name]
+        kind, asked = solve.statistic_of(plan), solve.asks_for_largest(plan)
+        if kind == "none" and not asked:
             return None
         if linear.name in self._known.pooled:
             return self._known.pooled[linear.name]
@@ -260,13 +264,16 @@ class _BlockWork:
         self._walk.settle()
         width = linear.shape[1]
         shape = (width, width) if kind == "hessian" else (width,)
-        total = torch.zeros(shape, dtype=torch.float32, device=self._streamed.device)
+        zeros: dict[str, Any] = {"dtype": torch.float32, "device": self._streamed.device}
+        total, largest = torch.zeros(shape, **zeros), torch.zeros(width, **zeros) if asked else None
         tokens = 0
         for batch in batches:
             with self._walk.input(batch) as tensor:
                 tokens += accumulate(total, tensor)
+                if largest is not None:
+                    widen(largest, tensor)
         self._clock.add("statistics", begin)
-        return Statistic(finish(total, tokens), tokens)
+        return Statistic(finish(total, tokens), tokens, largest=largest)
 
     def _compress(self, linear: Linear, shared: Statistic | None) -> None:
         begin = time.perf_counter()
@@ -284,7 +291,10 @@ class _BlockWork:
             record["scaled"] = scaled
         self.records[linear.name] = record
         if self._job.propagate == "compressed":
-            self._streamed.replace(linear.name, weight if made is None else made.dense(torch.float32))
+            if made is None:
+                self._streamed.replace(linear.name, weight)
+            else:
+                self._streamed.hold(linear.name, made)
         self._walk.pass_by(linear.name)
         self._walk.settle()
         self._clock.add("solve", begin)

@@ -13,12 +13,12 @@ from torch import Tensor
 from modelzip.checkpoints.blocks import is_own
 from modelzip.checkpoints.errors import MachineError
 from modelzip.checkpoints.index import Checkpoint
-from modelzip.checkpoints.loaded import decode_of, rounds_of
+from modelzip.checkpoints.loaded import decode_of, products_of, rounds_of
 from modelzip.checkpoints.streamed import StreamedModel
 from modelzip.evaluation.agreement import measure
 from modelzip.evaluation.masked import Hidden, hide, pseudo_perplexity
 from modelzip.evaluation.outputs import answer, main_output
-from modelzip.weights.layouts import MODELZIP
+from modelzip.weights.layouts import MODELZIP, rounds_inputs
 
 from .bench import Bench
 from .calibrate import forward_inputs, has_tokenizer, is_causal, is_masked, longest, tokenizer_of
@@ -61,7 +61,12 @@ def open_streamed(checkpoint: Checkpoint, dtype: str, device: torch.device) -> S
 def streamed_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> StreamedModel:
     """The same, activations in this very type. Raises CheckpointError for a model without blocks."""
     return StreamedModel(
-        checkpoint, dtype=dtype, device=device, decode=decode_of(checkpoint), rounds=rounds_of(checkpoint)
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        decode=decode_of(checkpoint),
+        rounds=rounds_of(checkpoint, device),
+        products=products_of(checkpoint, device),
     )
 
 
@@ -86,7 +91,8 @@ def reopen(result: Checkpoint, *, seed: int, device: torch.device) -> tuple[dict
         return None, [f"the output wasn't reopened in a fresh process: that takes {dense / 1e9:,.1f} GB dense in fp32"]
     inputs, expect = probe(result, seed=seed, device=device)
     own = is_own(result) or (result.quantization or {}).get("quant_method") == MODELZIP
-    return verify(result.folder, inputs, expect, own_layout=own), []
+    rounds = own and rounds_inputs(result.quantization or {})
+    return verify(result.folder, inputs, expect, own_layout=own, rounds=rounds), []
 
 
 def probe(checkpoint: Checkpoint, *, seed: int, device: torch.device) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:

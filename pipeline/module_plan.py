@@ -40,6 +40,20 @@ def method_of(settings: MethodSettings) -> LayerMethod:
     return METHODS[type(settings)]
 
 
+def looks_at_inputs(settings: MethodSettings) -> bool:
+    """Whether the method gathers anything of the inputs."""
+    method = method_of(settings)
+    return method.statistic != "none" or (method.asks_for_largest is not None and method.asks_for_largest(settings))
+
+
+def unshared(plan: ModulePlan) -> str | None:
+    """Why a matrix that serves several layers can't be compressed so, a part of a sentence; None if it can."""
+    asks = method_of(plan.settings).asks_for_largest
+    if plan.linear.sharers and asks is not None and asks(plan.settings):
+        return "it serves several layers, whose inputs have ranges of their own"
+    return None
+
+
 def value_dtype(weight: CompressedWeight) -> torch.dtype:
     """The type in which values and scales made from this weight are stored: its own, fp32 for fp64."""
     found = (tensor.dtype for tensor in weight.tensors().values() if tensor.is_floating_point())

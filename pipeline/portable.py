@@ -15,12 +15,15 @@ from modelzip.checkpoints.skeleton import skeleton
 from modelzip.weights.affine import Affine
 from modelzip.weights.experts import UNFUSED
 from modelzip.weights.float import Float
+from modelzip.weights.inputs import InputRounding, rounds_of_weight
 from modelzip.weights.int8 import Int8
 from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, portable
+from modelzip.weights.rounded_inputs import RoundedInputs
 from modelzip.weights.value import CompressedWeight
 
 _HELD: Final = {
     Affine.kind: "compressed-tensors holds 2, 4 and 8 bits in plain linears, and zero points with one scheme for all",
+    Int8.kind: "compressed-tensors holds integers of 8 bits in plain linears, inputs rounded in one way for all",
     Float.kind: "compressed-tensors holds fp8 e4m3 with a scale a row or a matrix in plain linears, or mxfp4 or nvfp4",
 }
 
@@ -41,20 +44,21 @@ def choose_layout(
         linear.transposed for block in structure.blocks for linear in block.linears if linear.name in weights
     )
     reason = ""
-    if weights and all(isinstance(weight, Int8) for weight in weights.values()):
-        reason = "compressed-tensors holds plain linears" if transposed else _own_layout(checkpoint, weights, structure)
-        reason = reason or _obstacle(checkpoint, names, weights)
-        return (MODELZIP, reason) if reason else (COMPRESSED_TENSORS, "")
-    kinds = {weight.kind for weight in weights.values()}
-    other = next((weight.kind for weight in weights.values() if not isinstance(weight, Affine | Float)), None)
+    bare = [weight.inner if isinstance(weight, RoundedInputs) else weight for weight in weights.values()]
+    kinds = {weight.kind for weight in bare}
+    other = next((kind for kind in kinds if kind not in _HELD), None)
     if other is not None:
         reason = f"compressed-tensors holds no {other.replace('_', '-')} weights"
     elif len(kinds) > 1:
         reason = "compressed-tensors has one layout for all: integers or floats"
+    elif any(meta and meta["form"] != InputRounding.form for meta in (one.meta().get("inputs") for one in bare)):
+        reason = "compressed-tensors has no word for inputs of which some columns stay exact"
     elif reason := _own_layout(checkpoint, weights, structure):
         pass
     elif not portable((weight.meta() for weight in weights.values()), transposed=transposed):
         reason = _HELD[next(iter(kinds))]
+        if any(rounds_of_weight(weight) is not None for weight in weights.values()):
+            reason += "; with rounded inputs, of 8-bit integers for integers without zero points, or fp8 for either"
     elif asked != MODELZIP:
         reason = _obstacle(checkpoint, names, weights)
     if asked != "auto":
@@ -73,7 +77,8 @@ def _own_layout(checkpoint: Checkpoint, weights: Mapping[str, CompressedWeight],
     own = config.get("modules", {}) if config.get("quant_method") == MODELZIP else {}
     if not linears.keys() >= weights.keys() | own.keys():
         return "compressed-tensors holds no embeddings"
-    if any(meta["kind"] not in _HELD for meta in config.get("modules", {}).values()):
+    known = {*_HELD, RoundedInputs.kind}
+    if any(meta["kind"] not in known for meta in config.get("modules", {}).values()):
         return "compressed-tensors holds no linears of other sizes than config.json says"
     return ""
 

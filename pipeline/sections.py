@@ -9,6 +9,7 @@ from typing import Any
 from modelzip.checkpoints.cached import without_rounded_cache
 from modelzip.checkpoints.index import Checkpoint, TensorInfo
 from modelzip.compressors.prune.structural_settings import UnitSettings
+from modelzip.weights.inputs import SCALE
 from modelzip.weights.kinds import empty
 from modelzip.weights.layouts import MODELZIP
 
@@ -134,7 +135,7 @@ def _is_part(name: str, result: Checkpoint) -> bool:
     """Whether a tensor is one of those that make up a compressed weight; fp8 codes are called as a plain one is."""
     leaf = name.rpartition(".")[2]
     is_scaled = leaf == "weight" and f"{name}_scale" in result.tensors
-    return result.quantization is not None and (is_scaled or leaf.startswith("weight_"))
+    return result.quantization is not None and (is_scaled or leaf == SCALE or leaf.startswith("weight_"))
 
 
 def _packed(result: Checkpoint) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ takes its place where it can't serve."""
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class Statistic:
 
     value: the mean of x xᵀ, [in, in], or that of x², [in]. prepared: what methods made of it. is_pooled: whether the
     tokens are those of several layers, which share the linears' weights. prepared: by the settings, bits aside.
+    largest: of |x|, [in]; None where no method asks for it.
     """
 
     value: Tensor
     tokens: int
     prepared: dict[MethodSettings, Any] = field(default_factory=dict)
     is_pooled: bool = False
+    largest: Tensor | None = None
 
     @property
     def hessian(self) -> Tensor | None:
@@ -52,6 +54,12 @@ def statistic_of(plan: ModulePlan) -> StatisticKind:
     inputs."""
     kind = method_of(plan.settings).statistic
     return "hessian" if kind == "squares" and plan.before.kind == LowRank.kind else kind
+
+
+def asks_for_largest(plan: ModulePlan) -> bool:
+    """Whether the largest magnitudes of a matrix's inputs are gathered."""
+    asks = method_of(plan.settings).asks_for_largest
+    return asks is not None and asks(plan.settings)
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,8 @@ def solve(
         return _solve_factors(name, now, settings=settings, statistic=statistic, job=job)
     kept = now.kept.to(weight.device) if isinstance(now, Sparse) else None
     generator = torch.Generator().manual_seed(seed_of(job.seed, name))
-    task = LayerTask(weight, settings, job.dtype, generator, surveyed=job.surveyed, kept=kept)
+    largest = None if statistic is None or not statistic.tokens else statistic.largest
+    task = LayerTask(weight, settings, job.dtype, generator, surveyed=job.surveyed, kept=kept, largest=largest)
     try:
         return _solve(task, statistic)
     except UnsuitableError as error:
@@ -95,8 +104,10 @@ def solve(
         if plainer is None:
             return Solved(None, settings.method, str(error), None)
         plain = plainer(settings)
-        task = LayerTask(weight, plain, job.dtype, generator, surveyed=job.surveyed, kept=kept)
-        return Solved(method_of(plain).compress(task), plain.method, str(error), None)
+        try:
+            return Solved(method_of(plain).compress(replace(task, settings=plain)), plain.method, str(error), None)
+        except UnsuitableError:  # without inputs, there is nothing to say of those to come
+            return Solved(None, settings.method, str(error), None)
 
 
 def _solve(task: LayerTask, statistic: Statistic | None) -> Solved:
@@ -108,13 +119,15 @@ def _solve(task: LayerTask, statistic: Statistic | None) -> Solved:
         key = settings.at_bits(BITS) if isinstance(settings, BudgetSettings) else settings
         if key not in statistic.prepared:
             value = statistic.squares if method.statistic == "squares" else statistic.value
-            statistic.prepared[key] = value if method.prepare is None else method.prepare(value, settings)
+            if method.prepare_ranged is not None:
+                assert statistic.largest is not None, "the method asks for it"
+                value = method.prepare_ranged(value, statistic.largest, settings)
+            elif method.prepare is not None:
+                value = method.prepare(value, settings)
+            statistic.prepared[key] = value
         prepared = statistic.prepared[key]
         note = None if method.note is None else method.note(prepared, settings)
-    whole = LayerTask(
-        task.weight, settings, task.dtype, task.generator, prepared=prepared, surveyed=task.surveyed, kept=task.kept
-    )
-    return Solved(method.compress(whole), settings.method, None, note)
+    return Solved(method.compress(replace(task, prepared=prepared)), settings.method, None, note)
 
 
 def _solve_factors(

@@ -100,8 +100,6 @@ def renamed(weight: Float) -> dict[str, Tensor]:
 def require_readable(group: Mapping[str, Any], layout: str) -> None:
     """Raises ValueError if a group of compressed-tensors' config asks for more than what `read` gives."""
     weights = group["weights"]
-    if group.get("input_activations") or group.get("output_activations"):
-        raise ValueError(f"quantized as compressed-tensors {layout} with rounded activations")
     known = ("tensor", "channel", "group", "tensor_group")
     if weights["type"] != "float" or weights["strategy"] not in known or not weights["symmetric"]:
         raise ValueError(f"quantized as compressed-tensors {layout} of {weights['type']} by {weights['strategy']}")

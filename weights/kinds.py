@@ -16,6 +16,8 @@ from .float import Float
 from .int8 import Int8
 from .kronecker import Kronecker
 from .low_rank import LowRank
+from .mixed_columns import MixedColumns
+from .rounded_inputs import RoundedInputs
 from .sparse import Sparse
 from .tensor_train import TensorTrain
 from .value import CompressedWeight
@@ -27,7 +29,7 @@ KINDS: Final[Mapping[str, type[CompressedWeight]]] = MappingProxyType(
         kind.kind: kind
         for kind in (
             *(Affine, Bilevel, Codebook, Dense, Float, Int8, Kronecker, LowRank, Sparse, TensorTrain),
-            *(VectorCodebook, WithOutliers),
+            *(MixedColumns, RoundedInputs, VectorCodebook, WithOutliers),
         )
     }
 )

@@ -15,7 +15,9 @@ from .float import Float
 from .int8 import Int8
 from .kinds import from_tensors
 from .low_rank import LowRank
+from .mixed_columns import MixedColumns
 from .module import CompressedModule, shadow
+from .rounded_inputs import RoundedInputs
 from .sparse import Sparse
 from .value import CompressedWeight
 from .vector_codebook import VectorCodebook
@@ -115,4 +117,6 @@ def holds_codes(weight: CompressedWeight) -> bool:
         return holds_codes(weight.inner)
     if isinstance(weight, Sparse):
         return weight.scales is not None
-    return isinstance(weight, Affine | Bilevel | Codebook | Float | Int8 | VectorCodebook)
+    return isinstance(
+        weight, Affine | Bilevel | Codebook | Float | Int8 | MixedColumns | RoundedInputs | VectorCodebook
+    )

@@ -70,8 +70,13 @@ def _wanda(task: LayerTask) -> Sparse:
 
 def _factor(hessian: Tensor, settings: SparseGpt) -> InverseFactor:
     together = settings.pattern[1] if settings.pattern else 1
-    ladder = {"damping": settings.damping, "max_damping": settings.max_damping}
-    return inverse_factor(hessian, **ladder, order=settings.columns_order, together=together)
+    return inverse_factor(
+        hessian,
+        damping=settings.damping,
+        max_damping=settings.max_damping,
+        order=settings.columns_order,
+        together=together,
+    )
 
 
 def _sparsegpt(task: LayerTask) -> Sparse:

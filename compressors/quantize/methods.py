@@ -25,7 +25,8 @@ from ..layer import LayerMethod, LayerTask
 from ..masks import pattern_of
 from ..obs import InverseFactor, inverse_factor
 from ..settings import MethodSettings
-from . import autoround_layer, awq_layer, smoothquant_layer
+from . import autoround_layer, awq_layer, llm_int8, quik_layer, smoothquant_layer
+from .activations import asks_for_largest, rounding_inputs
 from .gptq import gptq
 from .grids import expected_on_grid, grid_misfit, grid_of, has_common_scale, largest_of_all
 from .hqq import hqq_grid
@@ -35,8 +36,10 @@ from .rtn import rtn
 from .settings import Gptq, Hqq, OnGrid, QuantizeSettings, Rtn
 from .settings_autoround import AutoRound
 from .settings_awq import Awq
+from .settings_llm_int8 import LlmInt8
 from .settings_obq import Obq
 from .settings_outliers import Gobo, Spqr
+from .settings_quik import Quik
 from .settings_smoothquant import SmoothQuant
 from .vector_methods import FALLBACK as VECTOR_FALLBACK
 from .vector_methods import METHODS as VECTOR_METHODS
@@ -130,31 +133,37 @@ def _plainer(settings: QuantizeSettings) -> Rtn:
 
 def _fed(compress: Callable[[LayerTask], CompressedWeight]) -> LayerMethod:
     """A method on any grid that makes up for errors by the Hessian of the inputs."""
-    return LayerMethod(
-        compress=compress,
-        expect=_expect,
-        statistic="hessian",
-        prepare=_factor,
-        survey=largest_of_all,
-        is_surveyed=has_common_scale,
-        note=_gptq_note,
+    return rounding_inputs(
+        LayerMethod(
+            compress=compress,
+            expect=_expect,
+            statistic="hessian",
+            prepare=_factor,
+            survey=largest_of_all,
+            is_surveyed=has_common_scale,
+            note=_gptq_note,
+        )
     )
 
 
 METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
     {
-        Rtn: LayerMethod(compress=_rtn, expect=_expect, survey=largest_of_all, is_surveyed=has_common_scale),
+        Rtn: rounding_inputs(
+            LayerMethod(compress=_rtn, expect=_expect, survey=largest_of_all, is_surveyed=has_common_scale)
+        ),
         Hqq: LayerMethod(compress=_hqq, expect=_expect),
         Gobo: LayerMethod(compress=gobo, expect=expect_gobo),
-        Awq: LayerMethod(
-            compress=awq_layer.compress,
-            expect=_unpruned,
-            statistic="hessian",
-            prepare=awq_layer.prepare,
-            survey=largest_of_all,
-            is_surveyed=has_common_scale,
-            note=awq_layer.note,
-            scaling=awq_layer.SCALING,
+        Awq: rounding_inputs(
+            LayerMethod(
+                compress=awq_layer.compress,
+                expect=_unpruned,
+                statistic="hessian",
+                prepare=awq_layer.prepare,
+                survey=largest_of_all,
+                is_surveyed=has_common_scale,
+                note=awq_layer.note,
+                scaling=awq_layer.SCALING,
+            )
         ),
         Gptq: _fed(_gptq),
         Spqr: LayerMethod(compress=spqr, expect=expect_spqr, statistic="hessian", prepare=spqr_factor, note=spqr_note),
@@ -166,13 +175,33 @@ METHODS: Final[Mapping[type[MethodSettings], LayerMethod]] = MappingProxyType(
             tune=autoround_layer.tune,
         ),
         SmoothQuant: LayerMethod(
-            compress=smoothquant_layer.compress, expect=smoothquant_layer.expect, scaling=smoothquant_layer.SCALING
+            compress=smoothquant_layer.compress,
+            expect=smoothquant_layer.expect,
+            asks_for_largest=asks_for_largest,
+            scaling=smoothquant_layer.SCALING,
         ),
+        Quik: LayerMethod(
+            compress=quik_layer.compress,
+            expect=quik_layer.expect,
+            statistic="hessian",
+            prepare_ranged=quik_layer.prepare,
+            asks_for_largest=lambda settings: True,
+            note=quik_layer.note,
+        ),
+        LlmInt8: LayerMethod(compress=llm_int8.compress, expect=llm_int8.expect),
         **VECTOR_METHODS,
     }
 )
 
 FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType(
-    {Gptq: _plainer, Awq: _plainer, Spqr: _plainer, Obq: _plainer, AutoRound: _plainer, **VECTOR_FALLBACK}
+    {
+        Gptq: _plainer,
+        Awq: _plainer,
+        Spqr: _plainer,
+        Obq: _plainer,
+        AutoRound: _plainer,
+        Quik: _plainer,
+        **VECTOR_FALLBACK,
+    }
 )
 """What is done instead of a method where it doesn't serve: settings -> plainer settings."""

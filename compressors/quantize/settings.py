@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from modelzip.compressors.settings import DampedSettings, GridSettings, GroupSettings
 
+from .settings_activations import STAGE, ActivationSettings
 from .settings_budget import BudgetSettings
 from .settings_grids import BITS, Grid, disagreement, settled, unsettled
 
@@ -50,8 +51,10 @@ class QuantizeSettings(GroupSettings):
         return f"{self.method}-{self.bits}bit"
 
 
-class OnGrid(BudgetSettings, QuantizeSettings, GridSettings):
+class OnGrid(ActivationSettings, BudgetSettings, QuantizeSettings, GridSettings):
     """What methods share that round to any grid."""
+
+    whole_stage: ClassVar[frozenset[str]] = BudgetSettings.whole_stage | STAGE
 
     bits: int = Field(
         default=4,
@@ -93,10 +96,11 @@ class OnGrid(BudgetSettings, QuantizeSettings, GridSettings):
 
     @property
     def label(self) -> str:
-        """Method, grid and bits, such as gptq-4bit, rtn-nf-4bit and rtn-mxfp4."""
+        """Method, grid, bits and activations, such as gptq-4bit, rtn-nf-4bit, rtn-mxfp4 and rtn-8bit-int8-inputs."""
         grid = () if self.grid == "int" else (self.grid,)
         bits = () if self.grid in BITS else (self.asked,)
-        return "-".join([self.method, *grid, *bits])
+        inputs = () if self.activations == "none" else (f"{self.activations}-inputs",)
+        return "-".join([self.method, *grid, *bits, *inputs])
 
 
 class Rtn(OnGrid):

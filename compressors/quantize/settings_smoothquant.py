@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from modelzip.compressors.settings import CalibratedSettings
 
 from .settings import QuantizeSettings
+from .settings_activations import STAGE, ActivationSettings
 
 
-class SmoothQuant(CalibratedSettings, QuantizeSettings):
+class SmoothQuant(ActivationSettings, CalibratedSettings, QuantizeSettings):
     """SmoothQuant: part of what makes activations hard to round is moved to the weights, then both have 8 bits."""
 
     summary: ClassVar[str] = "Weights and activations of 8 bits; scales move from activations to weights first."
@@ -20,7 +21,7 @@ class SmoothQuant(CalibratedSettings, QuantizeSettings):
     )
     example: ClassVar[str] = "- quantize: {method: smoothquant, alpha: 0.5}"
 
-    whole_stage: ClassVar[frozenset[str]] = QuantizeSettings.whole_stage | {"alpha"}
+    whole_stage: ClassVar[frozenset[str]] = QuantizeSettings.whole_stage | STAGE | {"alpha"}
 
     method: Literal["smoothquant"] = Field(default="smoothquant", description="Name of the method.")
     bits: int = Field(default=8, ge=8, le=8, description="Bits of one stored weight, and of activations.")
@@ -32,15 +33,12 @@ class SmoothQuant(CalibratedSettings, QuantizeSettings):
         description="How much of the difficulty is moved from activations to weights; 0: none, 1: all of it.",
     )
 
-    @model_validator(mode="after")
-    def _one_layout(self) -> Self:
-        if self.layout == "modelzip":
-            raise ValueError("smoothquant is written for compressed-tensors: leave layout out")
-        if self.embeddings:
-            raise ValueError("smoothquant rounds no embeddings, which have no activations: leave embeddings out")
-        return self
+    activations: Literal["int8", "fp8"] = Field(
+        default="int8",
+        description="What weights and inputs of linears are rounded to; int8: integers of 8 bits, fp8: floats E4M3.",
+    )
 
     @property
     def label(self) -> str:
         """Method and bits of weights and activations."""
-        return f"{self.method}-w8a8"
+        return f"{self.method}-{'w8a8' if self.activations == 'int8' else 'fp8'}"

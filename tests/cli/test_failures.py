@@ -17,7 +17,7 @@ from modelzip.cli.main import answer
         ("quantize m --bits four", "error: --bits: four is not allowed; it must be 2 to 8, or 1 on the grid binary"),
         (
             "quantize m --method rtn --order none",
-            "error: --order: is not a setting of rtn; gptq, spqr, gptvq or aqlm has it",
+            "error: --order: is not a setting of rtn; gptq, spqr, gptvq, aqlm or quik has it",
         ),
         ("quantize m --method gtpq", "error: --method: gtpq is not a quantize method; did you mean gptq?"),
         ("quantize m --set bitz=3", "error: --set bitz: is not a setting of gptq; did you mean bits?"),

@@ -18,7 +18,7 @@ from modelzip.exporters.formats import refusal
 from modelzip.exporters.request import Request
 from modelzip.pipeline.measure import streamed_model
 from modelzip.pipeline.run import plan_recipe
-from modelzip.weights.layouts import rounds_inputs
+from modelzip.weights.layouts import decoder, rounds_inputs
 
 CPU = torch.device("cpu")
 STAGE = {"quantize": {"method": "smoothquant"}}
@@ -104,10 +104,9 @@ def test_a_run_that_was_killed_ends_in_the_same_bytes(uneven, compress, killed_a
 @pytest.mark.parametrize(
     ("model", "settings", "told"),
     [
-        ("llama", {"layout": "modelzip"}, "is written for compressed-tensors: leave layout out"),
-        ("llama", {"embeddings": True}, "rounds no embeddings"),
+        ("llama", {"embeddings": True}, "embeddings have no activations to round"),
         ("llama", {"bits": 4}, "bits"),
-        ("gpt2", {}, "inputs of 8 bit are written for compressed-tensors alone"),
+        ("gpt2", {"layout": "compressed-tensors"}, "holds integers of 8 bits in plain linears"),
     ],
 )
 def test_what_can_not_be_is_told_before_any_work(speaking, recipe_of, tmp_path, model, settings, told):
@@ -118,23 +117,38 @@ def test_what_can_not_be_is_told_before_any_work(speaking, recipe_of, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
-def test_mixtures_that_transformers_could_not_open_are_refused_by_the_plan(saved, recipe_of, tmp_path, name):
-    with pytest.raises(ModelzipError, match="transformers opens experts one by one through modelzip alone"):
-        plan_recipe(recipe_of(saved(name), STAGE), output=tmp_path / "out")
+def test_mixtures_that_transformers_could_not_open_are_in_modelzips_layout(saved, recipe_of, tmp_path, name):
+    (plan,) = plan_recipe(recipe_of(saved(name), STAGE), output=tmp_path / "out")
+    assert plan.layout == "modelzip"
+    assert any("transformers opens experts one by one through modelzip alone" in note for note in plan.notes)
+
+
+def test_linears_that_lie_transposed_are_in_modelzips_layout(speaking, compress, tmp_path):
+    report = compress(speaking("gpt2"), tmp_path / "out", STAGE).report
+    assert report["verification"] is not None  # opened through the plug-in, which gives the same logits
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert config["quant_method"] == "modelzip"
+    assert {meta["kind"] for meta in config["modules"].values()} == {"int8"}
 
 
 @pytest.mark.parametrize("to", ["dense", "gguf", "onnx"])
 def test_formats_that_do_not_round_inputs_are_refused(uneven, compress, tmp_path, to):
     compress(uneven, tmp_path / "out", STAGE)
     request = Request(Checkpoint.open(str(tmp_path / "out")), tmp_path / "other")
-    assert f"its linears round their inputs to 8 bits, which {to} doesn't say" in (refusal(request, to) or "")
+    assert f"its linears round their inputs, which {to} doesn't say" in (refusal(request, to) or "")
 
 
 def test_integers_with_zero_points_or_groups_are_not_taken_for_these(uneven, compress, tmp_path):
     compress(uneven, tmp_path / "out", STAGE)
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert rounds_inputs(config)
-    for changed in ({"symmetric": False}, {"strategy": "group"}, {"num_bits": 4}):
+    decoder(config)
+    for side, changed in [
+        *(("weights", one) for one in ({"symmetric": False}, {"strategy": "group"}, {"num_bits": 4})),
+        *(("input_activations", one) for one in ({"symmetric": False}, {"strategy": "group"}, {"num_bits": 4})),
+        ("input_activations", {"strategy": "tensor"}),
+    ]:
         other = json.loads(json.dumps(config))
-        other["config_groups"]["group_0"]["weights"] |= changed
-        assert not rounds_inputs(other)
+        other["config_groups"]["group_0"][side] |= changed
+        with pytest.raises(ValueError, match="quantized as compressed-tensors"):
+            decoder(other)

@@ -71,7 +71,7 @@ def test_all_problems_are_told_at_once_each_with_its_path():
 
 def test_a_setting_of_another_method_names_the_methods_that_have_it():
     assert problems(stage(method="rtn", order="none")) == (
-        "stages[0].quantize.order: is not a setting of rtn; gptq, spqr, gptvq or aqlm has it",
+        "stages[0].quantize.order: is not a setting of rtn; gptq, spqr, gptvq, aqlm or quik has it",
     )
 
 

@@ -8,7 +8,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
 
-from modelzip.weights.int8 import Int8, round_tokens, token_codes
+from modelzip.weights.inputs import TOKEN_INT8, InputRounding, fixed_scale
+from modelzip.weights.int8 import Int8
 from modelzip.weights.kinds import empty, from_tensors
 from modelzip.weights.trainable import holds_codes
 
@@ -23,19 +24,19 @@ def made(rows=10, columns=24, dtype=torch.float32):
 def test_inputs_are_rounded_as_compressed_tensors_does(dtype):
     x = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[1, 2] = 0
-    for given in (x, x[0]):
-        _same(given)
-
-
-def _same(x):
-    args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
-    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
-    assert torch.equal(round_tokens(x), fake_quantize(x, scale, zero, args))
+    for number, kind in (("int8", "int"), ("fp8", "float")):
+        by_token = QuantizationArgs(num_bits=8, type=kind, symmetric=True, strategy="token", dynamic=True)
+        for given in (x, x[0]):
+            scale, zero = compute_dynamic_scales_and_zp(given, by_token, torch.nn.Linear(1, 1))
+            assert torch.equal(InputRounding(number).rounded(given), fake_quantize(given, scale, zero, by_token))
+        alike = QuantizationArgs(num_bits=8, type=kind, symmetric=True, strategy="tensor", dynamic=False)
+        scale = fixed_scale(number, x.abs().amax((0, 1)) / 2, dtype)  # half of the largest: some are cut off
+        assert torch.equal(InputRounding(number, scale).rounded(x), fake_quantize(x, scale, None, alike))
 
 
 def test_each_token_has_its_own_scale():
     x = torch.stack([torch.ones(4), torch.tensor([1000.0, 1, 2, 3])])[None]
-    codes, scale = token_codes(x)
+    codes, scale = TOKEN_INT8.codes(x)
     assert codes[0].tolist() == [[127] * 4, [127, 0, 0, 0]]
     assert scale.flatten().tolist() == pytest.approx([1 / 127.5, 1000 / 127.5])
 
@@ -44,9 +45,22 @@ def test_each_token_has_its_own_scale():
 def test_the_product_is_that_of_rounded_inputs_and_the_dense_matrix(shape):
     weight = made()
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    wanted = round_tokens(x).double() @ weight.dense().double().T
+    wanted = TOKEN_INT8.rounded(x).double() @ weight.dense().double().T
     assert torch.allclose(weight.matmul(x).double(), wanted, rtol=1e-5, atol=1e-4)
     assert not torch.allclose(weight.matmul(x), x @ weight.dense().T, rtol=1e-5, atol=1e-4)
+
+
+def test_one_scale_for_all_inputs_is_stored_beside_the_codes_and_cuts_off_what_is_larger():
+    weight = made()
+    fixed = Int8(
+        weight.codes, weight.scale, InputRounding("int8", fixed_scale("int8", torch.tensor(2.0), torch.float32))
+    )
+    x = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(2)) * 2
+    cut = (x / (2 / 127.5)).clamp(-128, 127).round().double() * (2 / 127.5)
+    assert torch.allclose(fixed.matmul(x).double(), cut @ weight.dense().double().T, rtol=1e-5, atol=1e-4)
+    again = from_tensors(fixed.tensors(), fixed.meta())
+    assert torch.equal(again.matmul(x), fixed.matmul(x))
+    assert empty(fixed.meta()).nbytes == fixed.nbytes == weight.nbytes + 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

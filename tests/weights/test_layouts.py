@@ -207,7 +207,7 @@ def _activations(layout):
     ("config", "words"),
     [
         ({"quant_method": "gptq", "bits": 4}, "quantized as gptq"),
-        (_activations("nvfp4-pack-quantized"), "nvfp4-pack-quantized with rounded activations"),
+        (_activations("nvfp4-pack-quantized"), "compressed-tensors with inputs of 4 bit"),
         ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "compressed-tensors int-quantized"),
         ({"quant_method": "compressed-tensors", "format": "mixed-precision"}, "compressed-tensors mixed-precision"),
         ({"quant_method": "compressed-tensors"}, "quantized as compressed-tensors"),
