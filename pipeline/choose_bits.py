@@ -2,19 +2,17 @@
 
 The calibration text is parted in two. With one part, the blocks are streamed and each matrix is compressed at every
 width that it may get, which says by how much more or less each width is off. With the other, which no width was fitted
-to, and the whole model in memory, the error of one width of each matrix is weighed by what it costs the output
-(`cost_of_errors`). A knapsack then finds the least loss for the size (or the least size for the loss), linears that
-share an input taken as one, since engines fuse them.
-
-Losses are those of one matrix alone, everything else as in the original, and are summed up.
+to, and the whole model in memory, the errors of a few widths of each matrix are weighed by what they cost the output
+(`cost_of_errors`). How roundings fall is chance, and falls otherwise in the run itself; so what a matrix costs is the
+mean of those widths, each in proportion to its error. Losses are those of one matrix alone, everything else as in the
+original. What is chosen then is the least sum for the size (`bit_choice`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,17 +21,16 @@ import torch
 from torch import Tensor
 
 from modelzip.checkpoints.blocks import Block
-from modelzip.checkpoints.errors import RecipeError
 from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.loaded import load_whole
 from modelzip.checkpoints.streamed import StreamedModel, start
 from modelzip.checkpoints.walk import Walk
-from modelzip.compressors.quantize.allocate import frontier
 from modelzip.evaluation.bits_report import CHOICE
 from modelzip.weights.value import CompressedWeight
 
 from . import solve
 from .bit_budget import BitBudget, at_bits
+from .bit_choice import Choice, Forms, chosen
 from .context import Context
 from .cost_of_errors import costs_of_errors
 from .hessian import finish
@@ -51,59 +48,21 @@ FILE: Final = "bits.json"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """bits: of each matrix. loss: what the choice is expected to cost, in nats an output (see `cost_of_errors`).
-    nbytes: of these matrices. uniform: nbytes and loss of each width for all matrices."""
-
-    bits: Mapping[str, int]
-    loss: float
-    nbytes: int
-    uniform: Mapping[str, tuple[int, float]]
-
-    def said(self) -> str:
-        """A sentence for the progress."""
-        counts = Counter(self.bits.values())
-        shares = ", ".join(f"{bits} for {counts[bits]}" for bits in sorted(counts))
-        near = min(self.uniform, key=lambda bits: abs(self.uniform[bits][0] - self.nbytes))
-        size, loss = self.uniform[near]
-        return (
-            f"bits chosen: {shares} matrices; {self.nbytes / 1e6:,.2f} MB, expected loss {self.loss:.3g} nats "
-            f"({near} bits for all: {size / 1e6:,.2f} MB, {loss:.3g})"
-        )
-
-    def record(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "matrices": {str(bits): count for bits, count in sorted(Counter(self.bits.values()).items())},
-            "expected_loss": self.loss,
-            "bytes": self.nbytes,
-            "uniform": {bits: {"bytes": size, "expected_loss": loss} for bits, (size, loss) in self.uniform.items()},
-        }
-
-
-@dataclass(frozen=True)
-class Forms:
-    """What each width of one matrix would cost. input: the same for linears that are handed the same tensor."""
-
-    input: str
-    losses: tuple[float, ...]
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Tried:
     """One matrix at each width. input: as in `Forms`. errors: the mean square of what its outputs are off by, summed
-    over outputs, where tokens arrive. made: it at the width number `at`, None where nothing is lost."""
+    over outputs, where tokens arrive. made: it at some widths, those at which something is lost, by their numbers."""
 
     input: str
     errors: tuple[float, ...]
     sizes: tuple[int, ...]
-    at: int
-    made: CompressedWeight | None
+    made: Mapping[int, CompressedWeight]
 
-    def forms(self, cost: float) -> Forms:
-        """cost: of `made`, in nats an output."""
-        scale = cost / self.errors[self.at] if self.made is not None else 0.0
+    def forms(self, costs: Tensor | None) -> Forms:
+        """costs: of the widths in `made`, in nats an output; None where nothing is lost."""
+        scale = 0.0
+        if costs is not None:
+            errors = torch.tensor([self.errors[width] for width in self.made], dtype=torch.float64)
+            scale = float((costs / errors).clamp(min=1e-300).log().mean().exp())
         return Forms(self.input, tuple(scale * error for error in self.errors), self.sizes)
 
 
@@ -131,7 +90,7 @@ def settled(
         fitted_to, others = parted(data)
         tried = _try_all(plans, plan.budget, streamed, streamed.walk(fitted_to, **spill), context)
         costs = _costs(plans, tried, streamed.checkpoint, others, context)
-        forms = {name: one.forms(costs.get(name, 0.0)) for name, one in tried.items()}
+        forms = {name: one.forms(costs.get(name)) for name, one in tried.items()}
         choice = chosen(forms, plan.budget)
         _keep(file, choice)
     context.progress.say(choice.said())
@@ -177,22 +136,23 @@ def _costs(
     source: Checkpoint,
     texts: Sequence[Mapping[str, Tensor]],
     context: Context,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """What the errors of the widths that were kept cost."""
     model = load_whole(source, dtype=compute_dtype(context.recipe, source, context.device), device=context.device)
-    lossy = {name: one.made for name, one in tried.items() if one.made is not None}
+    lossy = {name: one.made for name, one in tried.items() if one.made}
     modules = {module: name for name in lossy for module in (name, *plans[name].linear.sharers)}
     generator = torch.Generator().manual_seed(context.recipe.seed)
     given = [{name: tensor.to(context.device) for name, tensor in text.items()} for text in texts]
 
-    def error(name: str) -> Tensor:
-        weight: Tensor = model.get_submodule(name).weight.detach().float()
-        return lossy[name].dense(torch.float32).to(weight) - (weight.T if plans[name].linear.transposed else weight)
+    def errors(name: str) -> Iterator[Tensor]:
+        stored: Tensor = model.get_submodule(name).weight.detach().float()
+        weight = stored.T if plans[name].linear.transposed else stored
+        return (made.dense(torch.float32).to(weight) - weight for made in lossy[name].values())
 
     def step(done: int) -> None:
         context.progress.step("gradients", done, len(given))
 
-    return costs_of_errors(model, modules, error, given, generator, step=step)
+    return costs_of_errors(model, modules, errors, given, generator, step=step)
 
 
 def _try_all(
@@ -201,7 +161,8 @@ def _try_all(
     """Each matrix at every width; the walk is used up."""
     found: dict[str, Tried] = {}
     blocks = streamed.structure.blocks
-    at = usual_width(plans.values(), budget)
+    usual = usual_width(plans.values(), budget)
+    near = {width for width in range(len(budget.candidates)) if abs(width - usual) <= 1}
     last = max(n for n, block in enumerate(blocks) if any(one.name in plans for one in block.linears))
     try:
         start(walk, streamed)
@@ -209,7 +170,7 @@ def _try_all(
             context.progress.step("measure", number, last + 1, block.name)
             mine = {one.name: plans[one.name] for one in block.linears if one.name in plans}
             if mine:
-                found |= _tried(mine, budget, streamed, walk, block, at=at, seed=context.recipe.seed)
+                found |= _tried(mine, budget, streamed, walk, block, near=near, seed=context.recipe.seed)
             else:
                 streamed.through(walk, block)
         context.progress.step("measure", last + 1, last + 1)
@@ -235,7 +196,7 @@ def _tried(
     walk: Walk,
     block: Block,
     *,
-    at: int,
+    near: Collection[int],
     seed: int,
 ) -> dict[str, Tried]:
     """The matrices of one block, through which all batches run as it is."""
@@ -253,8 +214,9 @@ def _tried(
         sizes = tuple(at_bits(plan, bits).after.nbytes for bits in budget.candidates)
         errors = tuple(error for error, _ in made) or (0.0,) * len(sizes)
         lossy = [width for width, error in enumerate(errors) if error > 0]
-        kept = at if at in lossy else max(lossy, default=at)
-        found[name] = Tried(key, errors, sizes, kept, made[kept][1] if lossy else None)
+        kept = [width for width in lossy if width in near] or lossy[-1:]
+        weights = {width: one for width in kept if (one := made[width][1]) is not None}
+        found[name] = Tried(key, errors, sizes, weights)
     streamed.free(block)
     return found
 
@@ -280,34 +242,3 @@ def _widths(
         lost = weight - (weight if made is None else made.dense(torch.float32))
         found.append((float(((lost @ statistic.hessian) * lost).sum().clamp(min=0)), made))
     return found
-
-
-def chosen(forms: Mapping[str, Forms], budget: BitBudget) -> Choice:
-    """The best choice within the budget. Raises RecipeError for a max_kl that can't be reached."""
-    groups: dict[str, list[str]] = {}
-    for name, one in forms.items():
-        groups.setdefault(one.input, []).append(name)
-    widths = range(len(budget.candidates))
-    losses = [[sum(forms[name].losses[w] for name in names) for w in widths] for names in groups.values()]
-    sizes = [[sum(forms[name].sizes[w] for name in names) for w in widths] for names in groups.values()]
-    ways = frontier(losses, sizes)
-    if budget.nbytes is not None:
-        taken = ways.within(budget.nbytes)
-        assert taken is not None, "the plan has found that it can be reached"
-    else:
-        assert budget.max_kl is not None
-        taken = ways.below(budget.max_kl)
-        if taken is None:
-            raise RecipeError(
-                f"max_kl {budget.max_kl:g} can't be reached: all matrices at {max(budget.candidates)} bits are expected"
-                f" to cost {sum(row[-1] for row in losses):.3g} nats a token; ask for more."
-            )
-    bits = {
-        name: budget.candidates[width] for names, width in zip(groups.values(), taken, strict=True) for name in names
-    }
-    loss = sum(row[width] for row, width in zip(losses, taken, strict=True))
-    nbytes = sum(row[width] for row, width in zip(sizes, taken, strict=True))
-    uniform = {
-        str(b): (sum(row[w] for row in sizes), sum(row[w] for row in losses)) for w, b in enumerate(budget.candidates)
-    }
-    return Choice(bits, loss, nbytes, uniform)

@@ -14,7 +14,7 @@ is off by a standard deviation of 0.30 from the logarithm of the KL that is meas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,45 +27,46 @@ from .importance import Batch, surprise
 def costs_of_errors(
     model: nn.Module,
     modules: Mapping[str, str],
-    error: Callable[[str], Tensor],
+    errors: Callable[[str], Iterable[Tensor]],
     texts: Sequence[Batch],
     generator: torch.Generator,
     *,
     step: Callable[[int], None] = lambda done: None,
-) -> dict[str, float]:
-    """What each matrix's error alone costs, in nats a position of the output.
+) -> dict[str, Tensor]:
+    """What each of a matrix's errors costs alone, in nats a position of the output: fp64, [errors].
 
-    modules: for each linear the name of its matrix, which may serve several. error: from such a name to ΔW [out, in].
-    texts: one sample each, which the errors shouldn't have been fitted to. The model must be whole in memory. A matrix
-    that no token reaches isn't in the result. step: told the number of texts done.
+    modules: for each linear the name of its matrix, which may serve several. errors: from such a name to ΔW [out, in],
+    one after the other. texts: one sample each, which the errors shouldn't have been fitted to. The model must be whole
+    in memory. A matrix that no token reaches isn't in the result. step: told the number of texts done.
     """
-    totals: dict[str, float] = {}
+    totals: dict[str, Tensor] = {}
     positions = 0
     for number, text in enumerate(texts, 1):
         sums: dict[str, Tensor] = {}
-        with torch.enable_grad(), _watched(model, modules, error, sums):
+        with torch.enable_grad(), _watched(model, modules, errors, sums):
             unlikely, _ = surprise(model(**text), generator)
             torch.autograd.backward(unlikely.sum())
         positions += unlikely.numel()
         for name, rows in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(rows.double().square().sum())
+            squares = rows.double().square().sum(1).cpu()
+            totals[name] = totals[name] + squares if name in totals else squares
         step(number)
     return {name: total / (2 * positions) for name, total in totals.items()}
 
 
 @contextmanager
 def _watched(
-    model: nn.Module, modules: Mapping[str, str], error: Callable[[str], Tensor], sums: dict[str, Tensor]
+    model: nn.Module, modules: Mapping[str, str], errors: Callable[[str], Iterable[Tensor]], sums: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Hooks that sum g (ΔW x) over positions, for each row of each matrix, as the gradient comes back."""
+    """Hooks that sum g (ΔW x) over positions, for each row of each error, [errors, out], as the gradient comes back."""
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             x = args[0].detach()
 
             def add(gradient: Tensor) -> None:
-                change = nn.functional.linear(x, error(name).to(x))
-                rows = (gradient * change).flatten(0, -2).float().sum(0)
+                changes = (nn.functional.linear(x, one.to(x)) for one in errors(name))
+                rows = torch.stack([(gradient * change).flatten(0, -2).float().sum(0) for change in changes])
                 sums[name] = sums[name] + rows if name in sums else rows
 
             if not output.requires_grad:

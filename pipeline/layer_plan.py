@@ -130,7 +130,7 @@ def plan_layers(request: Request) -> LayerPlan:
     needed += sum(_also_held(module) for module in modules) + memory_held(folding, checkpoint, modules, structure)
     needed += tuning_bytes(request.recipe, checkpoint, structure, model.config, modules)
     if foreseen.budget is not None:
-        kept = sum(module.after.nbytes for module in modules)
+        kept = 3 * sum(module.after.nbytes for module in modules)  # as many widths of each are compared
         needed = max(needed, BASE_BYTES + kept + gradient_bytes(request.recipe, checkpoint, batch_size=1))
     if modules and after >= before:
         problems.append(

@@ -170,7 +170,8 @@ def quantization_config(
 
 def opened_dense(metas: Iterable[Mapping[str, Any]]) -> bool:
     """Whether transformers is told to make weights of these metas dense as it opens compressed-tensors."""
-    return any(meta["kind"] != Int8.kind and _scheme(meta).is_made_dense for meta in metas)
+    bare = (_bare(meta) for meta in metas)
+    return any(_scheme(meta).is_made_dense for meta in bare if meta["kind"] in (Affine.kind, Float.kind))
 
 
 def _scheme(meta: Mapping[str, Any]) -> Scheme | FloatScheme:

@@ -15,7 +15,8 @@ from modelzip.checkpoints.errors import ModelzipError, RecipeError
 from modelzip.evaluation.bits_report import CHOICE
 from modelzip.pipeline import choose_bits
 from modelzip.pipeline.bit_budget import BitBudget
-from modelzip.pipeline.choose_bits import Forms, chosen, parted
+from modelzip.pipeline.bit_choice import Forms, chosen
+from modelzip.pipeline.choose_bits import parted
 from modelzip.pipeline.cost_of_errors import costs_of_errors
 from modelzip.pipeline.run import plan_recipe
 
@@ -38,7 +39,7 @@ def test_an_error_before_a_softmax_costs_its_square_times_the_variance_of_the_cl
     model = Softmax().requires_grad_(False)
     x, error = 2 * torch.randn(3_000, 6), 0.1 * torch.randn(5, 6)
     texts = [{"x": row[None]} for row in x]
-    found = costs_of_errors(model, {"head": "head"}, lambda _: error, texts, torch.Generator().manual_seed(1))["head"]
+    found = costs_of_errors(model, {"head": "head"}, lambda _: [error], texts, torch.Generator().manual_seed(1))["head"]
     chances = model(x)["logits"].softmax(-1)
     wanted = (chances * (1 - chances) * (x @ error.T).square()).sum(-1).mean() / 2
     assert found == pytest.approx(float(wanted), rel=0.05)  # measured: 0.014
@@ -66,8 +67,8 @@ def test_the_predicted_loss_of_a_matrix_is_the_divergence_that_its_error_makes(m
     for _ in range(4):
         weight = model.get_submodule(path).weight
         change = 0.02 * weight.abs().mean() * torch.randn(weight.shape, generator=generator)
-        (found,) = costs_of_errors(model, {path: path}, lambda _, change=change: change, texts, generator).values()
-        ratios.append(found / divergence(model, tokens, path, change))
+        (found,) = costs_of_errors(model, {path: path}, lambda _, change=change: [change], texts, generator).values()
+        ratios.append(float(found) / divergence(model, tokens, path, change))
     assert 0.85 < sum(ratios) / len(ratios) < 1.35  # measured: 0.95 to 1.28
 
 
