@@ -1,8 +1,8 @@
 """The bits of each matrix, chosen by what every width of it would cost the model.
 
 The calibration text is parted in two. With one part, the blocks are streamed and each matrix is compressed at every
-width that it may get, which says by how much more or less each width is off. With the other, which no width was fitted
-to, and the whole model in memory, the errors of a few widths of each matrix are weighed by what they cost the output
+width that it may get; the other, which no width was fitted to, says by how much more or less each width is off. On
+that, with the whole model in memory, the errors of a few widths of each matrix are weighed by what they cost the output
 (`cost_of_errors`). How roundings fall is chance, and falls otherwise in the run itself; so what a matrix costs is the
 mean of those widths, each in proportion to its error. Losses are those of one matrix alone, everything else as in the
 original. What is chosen then is the least sum for the size (`bit_choice`).
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +34,7 @@ from .bit_choice import Choice, Forms, chosen
 from .context import Context
 from .cost_of_errors import costs_of_errors
 from .hessian import finish
-from .inputs import sums_of_inputs
+from .inputs import InputSum, sums_of_inputs
 from .layer_plan import LayerPlan
 from .matrices import stored_weight
 from .module_plan import ModulePlan, value_dtype
@@ -88,7 +88,9 @@ def settled(
         choice = Choice(**json.loads(file.read_text()))
     else:
         fitted_to, others = parted(data)
-        tried = _try_all(plans, plan.budget, streamed, streamed.walk(fitted_to, **spill), context)
+        near = near_widths(plans.values(), plan.budget)
+        trial = _Trial(plan.budget, near, len(fitted_to), context.recipe.seed)
+        tried = _try_all(trial, plans, streamed, streamed.walk([*fitted_to, *others], **spill), context)
         costs = _costs(plans, tried, streamed.checkpoint, others, context)
         forms = {name: one.forms(costs.get(name)) for name, one in tried.items()}
         choice = chosen(forms, plan.budget)
@@ -155,14 +157,23 @@ def _costs(
     return costs_of_errors(model, modules, errors, given, generator, step=step)
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """near: the numbers of the widths whose errors are weighed. fitted_to: how many batches, the first, matrices are
+    compressed for; the others say how well."""
+
+    budget: BitBudget
+    near: frozenset[int]
+    fitted_to: int
+    seed: int
+
+
 def _try_all(
-    plans: Mapping[str, ModulePlan], budget: BitBudget, streamed: StreamedModel, walk: Walk, context: Context
+    trial: _Trial, plans: Mapping[str, ModulePlan], streamed: StreamedModel, walk: Walk, context: Context
 ) -> dict[str, Tried]:
     """Each matrix at every width; the walk is used up."""
     found: dict[str, Tried] = {}
     blocks = streamed.structure.blocks
-    usual = usual_width(plans.values(), budget)
-    near = {width for width in range(len(budget.candidates)) if abs(width - usual) <= 1}
     last = max(n for n, block in enumerate(blocks) if any(one.name in plans for one in block.linears))
     try:
         start(walk, streamed)
@@ -170,7 +181,7 @@ def _try_all(
             context.progress.step("measure", number, last + 1, block.name)
             mine = {one.name: plans[one.name] for one in block.linears if one.name in plans}
             if mine:
-                found |= _tried(mine, budget, streamed, walk, block, near=near, seed=context.recipe.seed)
+                found |= _tried(trial, mine, streamed, walk, block)
             else:
                 streamed.through(walk, block)
         context.progress.step("measure", last + 1, last + 1)
@@ -179,66 +190,62 @@ def _try_all(
     return found
 
 
-def usual_width(plans: Iterable[ModulePlan], budget: BitBudget) -> int:
-    """The number of the width at which all matrices together come nearest to the budget; of 4 bits if it is no size."""
+def near_widths(plans: Iterable[ModulePlan], budget: BitBudget) -> frozenset[int]:
+    """The numbers of the width at which all matrices together come nearest to the budget (of 4 bits if it is no size),
+    and of its neighbours."""
     widths = range(len(budget.candidates))
     if budget.nbytes is None:
-        return min(widths, key=lambda width: abs(budget.candidates[width] - USUAL_BITS))
-    nbytes, every = budget.nbytes, list(plans)
-    sizes = [sum(at_bits(plan, bits).after.nbytes for plan in every) for bits in budget.candidates]
-    return min(widths, key=lambda width: abs(sizes[width] - nbytes))
+        usual = min(widths, key=lambda width: abs(budget.candidates[width] - USUAL_BITS))
+    else:
+        nbytes, every = budget.nbytes, list(plans)
+        sizes = [sum(at_bits(plan, bits).after.nbytes for plan in every) for bits in budget.candidates]
+        usual = min(widths, key=lambda width: abs(sizes[width] - nbytes))
+    return frozenset(width for width in widths if abs(width - usual) <= 1)
 
 
 def _tried(
-    plans: Mapping[str, ModulePlan],
-    budget: BitBudget,
-    streamed: StreamedModel,
-    walk: Walk,
-    block: Block,
-    *,
-    near: Collection[int],
-    seed: int,
+    trial: _Trial, plans: Mapping[str, ModulePlan], streamed: StreamedModel, walk: Walk, block: Block
 ) -> dict[str, Tried]:
     """The matrices of one block, through which all batches run as it is."""
     streamed.load(block)
-    sums = sums_of_inputs(streamed, walk, block, dict.fromkeys(plans, True))
+    wanted, count = dict.fromkeys(plans, True), trial.fitted_to
+    sums = sums_of_inputs(streamed, walk, block, wanted, range(count))
+    others = sums_of_inputs(streamed, walk, block, wanted, range(count, len(walk)))
     first = {id(one): name for name, one in reversed(sums.items())}  # the first linear that is handed the same tensor
-    shared = {
-        name: Statistic(finish(sums[name].total, sums[name].tokens), sums[name].tokens) for name in first.values()
-    }
+    shared = {name: Statistic(_mean(sums[name]), sums[name].tokens) for name in first.values()}
+    left = {name: _mean(others[name]) for name in first.values() if name in others}
     found = {}
     for name, plan in plans.items():
         key = first[id(sums[name])] if name in sums else name
+        sizes = tuple(at_bits(plan, bits).after.nbytes for bits in trial.budget.candidates)
+        if key not in left:  # where no token arrives, nothing is lost
+            found[name] = Tried(key, (0.0,) * len(sizes), sizes, {})
+            continue
         weight = streamed.weight(name).float().contiguous()
-        made = _widths(plan, budget, weight, shared.get(key), source=streamed.checkpoint, seed=seed)
-        sizes = tuple(at_bits(plan, bits).after.nbytes for bits in budget.candidates)
-        errors = tuple(error for error, _ in made) or (0.0,) * len(sizes)
-        lossy = [width for width, error in enumerate(errors) if error > 0]
-        kept = [width for width in lossy if width in near] or lossy[-1:]
+        made = _widths(trial, plan, weight, shared[key], left[key], source=streamed.checkpoint)
+        lossy = [width for width, (error, _) in enumerate(made) if error > 0]
+        kept = [width for width in lossy if width in trial.near] or lossy[-1:]
         weights = {width: one for width in kept if (one := made[width][1]) is not None}
-        found[name] = Tried(key, errors, sizes, weights)
+        found[name] = Tried(key, tuple(error for error, _ in made), sizes, weights)
     streamed.free(block)
     return found
 
 
+def _mean(one: InputSum) -> Tensor:
+    return finish(one.total, one.tokens)
+
+
 def _widths(
-    plan: ModulePlan,
-    budget: BitBudget,
-    weight: Tensor,
-    statistic: Statistic | None,
-    *,
-    source: Checkpoint,
-    seed: int,
+    trial: _Trial, plan: ModulePlan, weight: Tensor, statistic: Statistic, other: Tensor, *, source: Checkpoint
 ) -> list[tuple[float, CompressedWeight | None]]:
-    """Weight [out, in] at each width, with its error (see `Tried`); empty where no token arrives: nothing is lost."""
-    if statistic is None or statistic.hessian is None:
-        return []
-    job = solve.Job(value_dtype(plan.before), None, seed)
+    """Weight [out, in] at each width, with its error (see `Tried`). other: the mean of x xᵀ over the text that no width
+    was fitted to."""
+    job = solve.Job(value_dtype(plan.before), None, trial.seed)
     now = stored_weight(plan, source)
     found = []
-    for bits in budget.candidates:
+    for bits in trial.budget.candidates:
         settings = at_bits(plan, bits).settings
         made = solve.solve(plan.name, weight, now, settings=settings, statistic=statistic, job=job).weight
         lost = weight - (weight if made is None else made.dense(torch.float32))
-        found.append((float(((lost @ statistic.hessian) * lost).sum().clamp(min=0)), made))
+        found.append((float(((lost @ other) * lost).sum().clamp(min=0)), made))
     return found

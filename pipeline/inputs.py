@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +26,17 @@ class InputSum:
 
 
 def sums_of_inputs(
-    streamed: StreamedModel, walk: Walk, block: Block, linears: Mapping[str, bool]
+    streamed: StreamedModel, walk: Walk, block: Block, linears: Mapping[str, bool], batches: Iterable[int] | None = None
 ) -> dict[str, InputSum]:
     """Let all batches that wait at a loaded block run through it, and sum what flows into these linears of it.
 
-    linears: by module name, whether the sum is of x xᵀ, not of its diagonal alone. Those that are handed the same
-    tensor get one and the same sum. A linear that no token reaches isn't in the result.
+    batches: numbers of those that are let run, None for all. linears: by module name, whether the sum is of x xᵀ, not
+    of its diagonal alone. Those that are handed the same tensor get one and the same sum. A linear that no token
+    reaches isn't in the result.
     """
     found: dict[str, InputSum] = {}
     with _watched(streamed, linears, found) as next_batch:
-        for batch in range(len(walk)):
+        for batch in range(len(walk)) if batches is None else batches:
             if walk.at[batch].module == block.name:
                 next_batch()
                 walk.advance(batch)
