@@ -168,7 +168,7 @@ def round_cache(model: nn.Module, checkpoint: Checkpoint) -> None:
 def without_rounded_cache(checkpoint: Checkpoint) -> Checkpoint:
     """The same model with keys and values cached as they are."""
     before = checkpoint.quantization or {}
-    if SCHEME not in before:
+    if before.get(SCHEME) is None:
         return checkpoint
     own = {key: value for key, value in before.items() if key not in (SCHEME, SCALES)}
     tensors: Mapping[str, Any] = {

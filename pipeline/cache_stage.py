@@ -1,8 +1,8 @@
 """The scales of what a model caches: one more pass of the calibration text, through the compressed model.
 
-What is cached is what the compressed projections put out, so the blocks are those that were written. Keys and values
-are not rounded in this pass, nor are inputs of linears: a layer's are those that it has with the ones before it as they
-are.
+What is cached is what the compressed projections put out, so the blocks are those that were written, inputs of linears
+rounded if that is what they do. Keys and values are not rounded in this pass: a layer's are those that it has with the
+ones before it as they are.
 """
 
 from __future__ import annotations

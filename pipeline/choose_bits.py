@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import torch
@@ -50,20 +51,47 @@ FILE: Final = "bits.json"
 @dataclass(frozen=True)
 class Tried:
     """One matrix at each width. input: as in `Forms`. errors: the mean square of what its outputs are off by, summed
-    over outputs, where tokens arrive. made: it at some widths, those at which something is lost, by their numbers."""
+    over outputs, where tokens arrive. squares: that of the matrix itself, summed up. made: it at some widths, those at
+    which something is lost, by their numbers; empty where no token arrives."""
 
     input: str
     errors: tuple[float, ...]
+    squares: tuple[float, ...]
     sizes: tuple[int, ...]
     made: Mapping[int, CompressedWeight]
 
-    def forms(self, costs: Tensor | None) -> Forms:
-        """costs: of the widths in `made`, in nats an output; None where nothing is lost."""
-        scale = 0.0
-        if costs is not None:
-            errors = torch.tensor([self.errors[width] for width in self.made], dtype=torch.float64)
-            scale = float((costs / errors).clamp(min=1e-300).log().mean().exp())
+    def forms(self, costs: Tensor) -> Forms:
+        """costs: of the widths in `made`, in nats an output."""
+        errors = torch.tensor([self.errors[width] for width in self.made], dtype=torch.float64)
+        scale = float((costs / errors).clamp(min=1e-300).log().mean().exp())
         return Forms(self.input, tuple(scale * error for error in self.errors), self.sizes)
+
+    def guessed(self, rate: float) -> Forms:
+        """rate: what the square of an error costs in other matrices."""
+        return Forms(self.input, tuple(rate * square for square in self.squares), self.sizes)
+
+
+def all_forms(tried: Mapping[str, Tried], costs: Mapping[str, Tensor]) -> tuple[dict[str, Forms], int]:
+    """What each width of each matrix costs, and how many are guessed.
+
+    A matrix that no text reached on which errors are weighed, such as one of a rare expert, is taken to cost what the
+    square of an error costs in the median matrix of its kind.
+    """
+    found = {name: one.forms(costs[name]) for name, one in tried.items() if name in costs}
+    rates: dict[str, list[float]] = {}
+    for name, forms in found.items():
+        loss, square = forms.losses[0], tried[name].squares[0]
+        for kind in (_kind(name), ""):
+            rates.setdefault(kind, []).append(loss / square if square else 0.0)
+    missing = [name for name in tried if name not in found]
+    for name in missing:
+        alike = rates.get(_kind(name)) or rates.get("") or [0.0]
+        found[name] = tried[name].guessed(median(alike))
+    return found, sum(any(tried[name].squares) for name in missing)
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def settled(
@@ -92,7 +120,11 @@ def settled(
         trial = _Trial(plan.budget, near, len(fitted_to), context.recipe.seed)
         tried = _try_all(trial, plans, streamed, streamed.walk([*fitted_to, *others], **spill), context)
         costs = _costs(plans, tried, streamed.checkpoint, others, context)
-        forms = {name: one.forms(costs.get(name)) for name, one in tried.items()}
+        forms, guessed = all_forms(tried, costs)
+        if guessed:
+            context.progress.say(
+                f"{guessed} matrices that too little text reached are weighed like others of their kind"
+            )
         choice = chosen(forms, plan.budget)
         _keep(file, choice)
     context.progress.say(choice.said())
@@ -213,20 +245,20 @@ def _tried(
     others = sums_of_inputs(streamed, walk, block, wanted, range(count, len(walk)))
     first = {id(one): name for name, one in reversed(sums.items())}  # the first linear that is handed the same tensor
     shared = {name: Statistic(_mean(sums[name]), sums[name].tokens) for name in first.values()}
-    left = {name: _mean(others[name]) for name in first.values() if name in others}
+    left = {name: _mean(others[name]) for name in others}
     found = {}
     for name, plan in plans.items():
         key = first[id(sums[name])] if name in sums else name
         sizes = tuple(at_bits(plan, bits).after.nbytes for bits in trial.budget.candidates)
-        if key not in left:  # where no token arrives, nothing is lost
-            found[name] = Tried(key, (0.0,) * len(sizes), sizes, {})
-            continue
         weight = streamed.weight(name).float().contiguous()
-        made = _widths(trial, plan, weight, shared[key], left[key], source=streamed.checkpoint)
-        lossy = [width for width, (error, _) in enumerate(made) if error > 0]
+        made = _widths(trial, plan, weight, shared.get(key), source=streamed.checkpoint)
+        lost = [weight - (weight if one is None else one.dense(torch.float32)) for one in made]
+        moment = left.get(name)
+        errors = tuple(0.0 if moment is None else _traced(one, moment) for one in lost)
+        lossy = [width for width, error in enumerate(errors) if error > 0]
         kept = [width for width in lossy if width in trial.near] or lossy[-1:]
-        weights = {width: one for width in kept if (one := made[width][1]) is not None}
-        found[name] = Tried(key, tuple(error for error, _ in made), sizes, weights)
+        weights = {width: one for width in kept if (one := made[width]) is not None}
+        found[name] = Tried(key, errors, tuple(float(one.square().sum()) for one in lost), sizes, weights)
     streamed.free(block)
     return found
 
@@ -235,17 +267,19 @@ def _mean(one: InputSum) -> Tensor:
     return finish(one.total, one.tokens)
 
 
+def _traced(lost: Tensor, moment: Tensor) -> float:
+    """tr(E M Eᵀ), E [out, in] and M [in, in]."""
+    return float(((lost @ moment) * lost).sum().clamp(min=0))
+
+
 def _widths(
-    trial: _Trial, plan: ModulePlan, weight: Tensor, statistic: Statistic, other: Tensor, *, source: Checkpoint
-) -> list[tuple[float, CompressedWeight | None]]:
-    """Weight [out, in] at each width, with its error (see `Tried`). other: the mean of x xᵀ over the text that no width
-    was fitted to."""
+    trial: _Trial, plan: ModulePlan, weight: Tensor, statistic: Statistic | None, *, source: Checkpoint
+) -> list[CompressedWeight | None]:
+    """Weight [out, in] at each width; None where it is left as it is."""
     job = solve.Job(value_dtype(plan.before), None, trial.seed)
     now = stored_weight(plan, source)
     found = []
     for bits in trial.budget.candidates:
         settings = at_bits(plan, bits).settings
-        made = solve.solve(plan.name, weight, now, settings=settings, statistic=statistic, job=job).weight
-        lost = weight - (weight if made is None else made.dense(torch.float32))
-        found.append((float(((lost @ other) * lost).sum().clamp(min=0)), made))
+        found.append(solve.solve(plan.name, weight, now, settings=settings, statistic=statistic, job=job).weight)
     return found

@@ -43,6 +43,8 @@ def choose_layout(
     transposed = any(
         linear.transposed for block in structure.blocks for linear in block.linears if linear.name in weights
     )
+    if not weights:
+        return COMPRESSED_TENSORS if asked == "auto" else asked, ""
     reason = ""
     bare = [weight.inner if isinstance(weight, RoundedInputs) else weight for weight in weights.values()]
     kinds = {weight.kind for weight in bare}

@@ -96,9 +96,9 @@ def run_sweep(
         output = folder / one.name
         try:
             result = run_recipe(one.recipe, output=output, overwrite=overwrite, resume=resume, progress=progress)
-        except ModelzipError as error:
-            failed.append(Skipped(one.name, str(error)))
-            progress.say(f"run {one.name} failed: {error}")
+        except (ModelzipError, MemoryError) as error:
+            failed.append(Skipped(one.name, str(error) or "memory ran out"))
+            progress.say(f"run {one.name} failed: {failed[-1].reason}")
             continue
         assert result.report is not None, "this is the only process"
         reports[one.name] = result.report

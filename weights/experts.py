@@ -52,7 +52,7 @@ class Experts(nn.ModuleList):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: [tokens, hidden]. top_k_index, top_k_weights: the experts of each token and what each counts
         for, [tokens, k]; numbers beyond the last expert are of none."""
-        out = torch.zeros_like(hidden_states)
+        out = hidden_states.new_zeros(hidden_states.shape)
         for expert, tokens, slots in self._shares(top_k_index):
             made = self._one(expert, hidden_states[tokens]) * top_k_weights[tokens, slots, None]
             out.index_add_(0, tokens, made.to(out.dtype))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from .inputs import TOKEN_INT8, InputRounding
+from .inputs import FLAT_ALIKE, TOKEN_INT8, InputRounding
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -45,7 +45,8 @@ def read_inputs(group: Mapping[str, Any], scale_dtype: str) -> dict[str, Any] | 
     if number is None or asked.get("num_bits") != 8 or not asked.get("symmetric") or not fits:
         kind = f"{asked.get('num_bits')} bit {asked.get('type')} by {strategy}"
         raise ValueError(f"quantized as compressed-tensors with inputs of {kind}")
-    return {"form": InputRounding.form, "number": number, "scale": None if is_dynamic else scale_dtype}
+    meta = {"form": InputRounding.form, "number": number, "scale": None if is_dynamic else scale_dtype}
+    return {**meta, FLAT_ALIKE: True}
 
 
 def group_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -24,6 +24,9 @@ PREFIX: Final = "weight_input_"
 SCALE: Final = "input_scale"
 """compressed-tensors' name of the one scale of all inputs."""
 
+FLAT_ALIKE: Final = "flat_alike"
+"""What is said beside the `meta` of inputs that are read from compressed-tensors."""
+
 HALF_RANGE: Final = MappingProxyType({"int8": 127.5, "fp8": 448.0})
 """Half of what lies between the lowest and the highest number: the integers of 8 bits, the floats E4M3."""
 
@@ -48,19 +51,20 @@ class InputRounding:
     """Inputs as whole numbers of 8 bits or as floats E4M3, times a scale.
 
     number: a name of HALF_RANGE. scale: [1], one for all inputs; None for one to each token, such that its largest
-    magnitude is half the range.
+    magnitude is half the range. flat_alike: all tokens of a matrix [tokens, in] have one scale, as compressed-tensors
+    has it in transformers; no part of `meta`, since it belongs to that layout.
     """
 
     number: str
     scale: Tensor | None = None
+    flat_alike: bool = False
 
     form: ClassVar[str] = "rounded"
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers [..., in] in x's dtype, and scales [..., 1] or [1], for x [..., in].
 
-        Computed in x's dtype, as compressed-tensors does. Of a matrix [tokens, in], which few models hand to linears,
-        all tokens have one scale there, and so they have here.
+        Computed in x's dtype, as compressed-tensors does.
         """
         scale = self._of_tokens(x) if self.scale is None else self.scale.to(x.dtype)
         scaled = x / scale
@@ -78,7 +82,8 @@ class InputRounding:
         return codes.mul_(scale)
 
     def _of_tokens(self, x: Tensor) -> Tensor:
-        largest = x.abs().amax(-1, keepdim=True) if x.ndim != 2 else x.abs().amax().reshape(1, 1)
+        is_one = self.flat_alike and x.ndim == 2
+        largest = x.abs().amax().reshape(1, 1) if is_one else x.abs().amax(-1, keepdim=True)
         scale = largest / torch.tensor(HALF_RANGE[self.number], dtype=x.dtype, device=x.device)
         return torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
 
@@ -98,7 +103,7 @@ class InputRounding:
     def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> InputRounding:
         """Read back what `tensors` gave, or what compressed-tensors calls it. Raises KeyError if it is missing."""
         if meta["scale"] is None:
-            return cls(meta["number"])
+            return cls(meta["number"], flat_alike=bool(meta.get(FLAT_ALIKE)))
         return cls(meta["number"], tensors[SCALE] if SCALE in tensors else tensors[f"{PREFIX}scale"])
 
     @classmethod

@@ -106,6 +106,10 @@ class CacheView:
         found: tuple[Tensor, Tensor] = self._cache.update(keys, values, *args, **kwargs)
         return found
 
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """Of the cache; 0 without one."""
+        return 0 if self._cache is None else int(self._cache.get_seq_length(*args, **kwargs))
+
     def __getattr__(self, name: str) -> Any:
         cache = self.__dict__.get("_cache")
         if cache is None:
@@ -118,23 +122,53 @@ def change_cached(module: nn.Module, change: Change, *, only_real: bool = False)
 
     only_real: leave calls alone that are given no cache. A view of another change that it is given is taken away.
     """
+    return _hooked(module, lambda module: change, only_real=only_real)
+
+
+def _hooked(module: nn.Module, change_of: Callable[[nn.Module], Change], *, only_real: bool) -> RemovableHandle | None:
     parameters = list(inspect.signature(module.forward).parameters)
     name = next((one for one in ARGUMENTS if one in parameters), None)
     if name is None:
         return None
-    place = parameters.index(name)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        given = args[place] if place < len(args) else kwargs.get(name)
-        cache = given.__dict__["_cache"] if isinstance(given, CacheView) else given
-        if cache is None and only_real:
-            return None
-        view = CacheView(cache, change)
-        if place < len(args):
-            return (*args[:place], view, *args[place + 1 :]), kwargs
-        return args, {**kwargs, name: view}
-
+    hook = _Hook(name, parameters.index(name), change_of, only_real)
     return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class _Hook:
+    """Gives a forward a view of its cache. It holds no module, so that a copied or pickled one has what is its own.
+
+    name, place: of the argument. change_of: from the module that is called to what changes its keys and values.
+    """
+
+    name: str
+    place: int
+    change_of: Callable[[nn.Module], Change]
+    only_real: bool
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        given = args[self.place] if self.place < len(args) else kwargs.get(self.name)
+        cache = given.__dict__["_cache"] if isinstance(given, CacheView) else given
+        if cache is None and self.only_real:
+            return None
+        view = CacheView(cache, self.change_of(module))
+        if self.place < len(args):
+            return (*args[: self.place], view, *args[self.place + 1 :]), kwargs
+        return args, {**kwargs, self.name: view}
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """From an attention module to the rounding by its scales."""
+
+    scheme: CacheScheme
+
+    def __call__(self, module: nn.Module) -> Change:
+        def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            scales = module.get_buffer(K_SCALE), module.get_buffer(V_SCALE)
+            return self.scheme.rounded(keys, scales[0]), self.scheme.rounded(values, scales[1])
+
+        return change
 
 
 def round_cached(module: nn.Module, scheme: CacheScheme, count: int) -> None:
@@ -143,8 +177,5 @@ def round_cached(module: nn.Module, scheme: CacheScheme, count: int) -> None:
     for name in (K_SCALE, V_SCALE):
         module.register_buffer(name, torch.ones(scheme.shape(count)))
 
-    def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return scheme.rounded(keys, module.get_buffer(K_SCALE)), scheme.rounded(values, module.get_buffer(V_SCALE))
-
-    if change_cached(module, change) is None:
+    if _hooked(module, _Rounding(scheme), only_real=False) is None:
         raise ValueError(f"a {type(module).__name__} has no cache of keys and values")

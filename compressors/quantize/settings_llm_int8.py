@@ -18,8 +18,6 @@ class LlmInt8(QuantizeSettings):
     )
     example: ClassVar[str] = "- quantize: {method: llm-int8, threshold: 6}"
 
-    whole_stage: ClassVar[frozenset[str]] = QuantizeSettings.whole_stage
-
     method: Literal["llm-int8"] = Field(default="llm-int8", description="Name of the method.")
     bits: int = Field(default=8, ge=8, le=8, description="Bits of one stored weight, and of activations.")
     group_size: Literal["channel"] = Field(default="channel", description="What shares a scale: a row.")

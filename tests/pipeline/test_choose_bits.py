@@ -16,9 +16,10 @@ from modelzip.evaluation.bits_report import CHOICE
 from modelzip.pipeline import choose_bits
 from modelzip.pipeline.bit_budget import BitBudget
 from modelzip.pipeline.bit_choice import Forms, chosen
-from modelzip.pipeline.choose_bits import parted
+from modelzip.pipeline.choose_bits import Tried, all_forms, parted
 from modelzip.pipeline.cost_of_errors import costs_of_errors
 from modelzip.pipeline.run import plan_recipe
+from modelzip.weights.dense import Dense
 
 TARGET = {"method": "gptq", "group_size": 16, "target_bits": 4.5}
 
@@ -81,6 +82,27 @@ def test_text_is_parted_into_what_widths_are_fitted_to_and_what_they_are_weighed
     assert len(parted(many)[1]) == choose_bits.SAMPLES
     alone = [{"input_ids": rows[:1]}]
     assert all(torch.equal(part[0]["input_ids"], rows[:1]) for part in parted(alone))
+
+
+def test_a_matrix_that_no_text_reached_costs_what_errors_cost_in_the_median_of_its_kind():
+    def tried(square: float, *errors: float) -> Tried:
+        made = {0: Dense(torch.zeros(1, 1))} if any(errors) else {}
+        return Tried("x", errors, (square, square / 16), (2, 4), made)
+
+    given = {
+        "0.up": tried(1.0, 4.0, 0.25),
+        "1.up": tried(1.0, 8.0, 0.5),
+        "2.up": tried(2.0, 0.0, 0.0),
+        "2.down": tried(3.0, 0.0, 0.0),
+        "3.up": tried(0.0, 0.0, 0.0),
+    }
+    costs = {"0.up": torch.tensor([1.0]), "1.up": torch.tensor([3.0])}
+    found, guessed = all_forms(given, costs)
+    assert found["0.up"].losses == pytest.approx((1.0, 1 / 16))
+    assert found["2.up"].losses == pytest.approx((4.0, 0.25))
+    assert found["2.down"].losses == pytest.approx((6.0, 6 / 16))  # none of its kind: of all
+    assert found["3.up"].losses == (0.0, 0.0)
+    assert guessed == 2
 
 
 def forms(*losses: float, input: str, scale: int = 1) -> Forms:

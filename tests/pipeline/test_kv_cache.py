@@ -14,6 +14,7 @@ from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.loaded import load_whole
 from modelzip.compressors.quantize.cache_scales import RATIOS
 from modelzip.evaluation.cache_report import CACHE
+from modelzip.exporters import formats
 from modelzip.exporters.formats import export, refusal
 from modelzip.exporters.request import Request
 from modelzip.pipeline.exported import check_export
@@ -259,6 +260,12 @@ def test_formats_that_do_not_say_it_hold_the_model_without_and_tell(made, tensor
     assert not [name for name in tensors_of(tmp_path / "dense") if name.endswith("k_scale")]
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text(encoding="utf-8"))
     assert check_export(checkpoint, "dense", written)["max_logit_difference"] < 1e-4
+
+
+def test_what_has_no_rounded_cache_is_held_as_it_is(speaking, compress, tmp_path):
+    compress(speaking("llama"), tmp_path / "out", {"method": "rtn", "bits": 4})  # kv_cache_scheme: null
+    checkpoint = Checkpoint.open(str(tmp_path / "out"))
+    assert formats.held(checkpoint, "dense") is checkpoint
 
 
 def test_compressed_tensors_keeps_it(made, speaking, compress, tensors_of, tmp_path):

@@ -173,6 +173,12 @@ def test_a_rule_for_what_is_never_compressed_says_why(saved, recipe_of):
     ]
 
 
+@pytest.mark.parametrize("stage", [{"method": "rtn"}, {"method": "rtn", "kv_cache": "fp8"}], ids=str)
+def test_to_ignore_everything_is_one_sentence(saved, recipe_of, stage):
+    with pytest.raises(ProblemsError, match="nothing is left to compress: all 14 linears are ignored"):
+        plan_recipe(recipe_of(saved("llama"), {**stage, "ignore": ["*"]}), output=HERE)
+
+
 def test_to_ignore_what_is_never_compressed_is_no_mistake(saved, recipe_of):
     (plan,) = plan_recipe(recipe_of(saved("llama"), {"method": "rtn", "ignore": ["lm_head"]}), output=HERE)
     assert len(plan.modules) == 14

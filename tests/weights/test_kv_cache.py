@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -95,3 +97,20 @@ def test_a_view_has_everything_else_of_its_cache():
 def test_a_module_without_a_cache_can_not_round_one():
     with pytest.raises(ValueError, match="a Linear has no cache"):
         round_cached(nn.Linear(2, 2), CacheScheme("fp8", "tensor"), 1)
+
+
+def test_a_copied_or_pickled_module_rounds_by_scales_of_its_own(tmp_path):
+    module = Attention()
+    round_cached(module, CacheScheme("int8", "tensor"), 1)
+    other = copy.deepcopy(module)
+    other.k_scale.fill_(0.5)
+    x = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(other(x)[0], (x / 0.5).round().clamp(-128, 127) * 0.5)
+    assert torch.equal(module(x)[0], x.round())
+    torch.save(other, tmp_path / "module.pt")
+    again = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert torch.equal(again(x)[0], other(x)[0])
+
+
+def test_without_a_cache_nothing_is_in_it():
+    assert CacheView(None, lambda keys, values: (keys, values)).get_seq_length() == 0
