@@ -26,9 +26,11 @@ def test_inputs_are_rounded_as_compressed_tensors_does(dtype):
     x[1, 2] = 0
     for number, kind in (("int8", "int"), ("fp8", "float")):
         by_token = QuantizationArgs(num_bits=8, type=kind, symmetric=True, strategy="token", dynamic=True)
-        for given in (x, x[0]):
+        for given in (x, x[0]):  # of a matrix, it has one scale for all tokens
             scale, zero = compute_dynamic_scales_and_zp(given, by_token, torch.nn.Linear(1, 1))
-            assert torch.equal(InputRounding(number).rounded(given), fake_quantize(given, scale, zero, by_token))
+            found = InputRounding(number, flat_alike=True).rounded(given)
+            assert torch.equal(found, fake_quantize(given, scale, zero, by_token))
+        assert torch.equal(InputRounding(number).rounded(x[0]), InputRounding(number).rounded(x)[0])
         alike = QuantizationArgs(num_bits=8, type=kind, symmetric=True, strategy="tensor", dynamic=False)
         scale = fixed_scale(number, x.abs().amax((0, 1)) / 2, dtype)  # half of the largest: some are cut off
         assert torch.equal(InputRounding(number, scale).rounded(x), fake_quantize(x, scale, None, alike))
