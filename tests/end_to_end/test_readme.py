@@ -250,10 +250,21 @@ def large(number: float) -> str:
     return f"{digits} × 10{str(int(power)).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
+GPTQ = {
+    "asymmetric": "--asymmetric",
+    "nf": "--grid nf",
+    "gptq-3": "--bits 3",
+    "mixed-4.25": "--target-bits 4.25",
+    "mixed-3.25": "--target-bits 3.25",
+}
+"""Runs of the benchmarks by name, with the options beside `gptq` that the README shows."""
+
+
 @pytest.mark.parametrize(
     ("file", "ours", "peer"),
     [
         ("gptq-vs-peer.json", "modelzip `gptq`", "llm-compressor `GPTQ`"),
+        ("methods.json", "modelzip `gptq`", "llm-compressor `GPTQ`"),
         ("sparsegpt-vs-peer.json", "modelzip `sparsegpt`", "llm-compressor `SparseGPT`"),
         ("prune-2of4.json", "modelzip `sparsegpt`", ""),
         ("svd-80.json", "modelzip `svd-llm`", ""),
@@ -262,7 +273,8 @@ def large(number: float) -> str:
 def test_the_results_are_those_of_the_committed_benchmarks(file, ours, peer) -> None:
     rows = table_after((ROOT / "README.md").read_text(encoding="utf-8"), f"[{file}](benchmarks/results/{file})")
     measured = json.loads((ROOT / "benchmarks" / "results" / file).read_text(encoding="utf-8"))
-    names = {"ours": ours, "peer": peer, "asymmetric": "modelzip `gptq --asymmetric`"}
+    names = {"ours": ours, "peer": peer, "peer-rtn": "llm-compressor `RTN`"}
+    names |= {name: f"modelzip `gptq {options}`" for name, options in GPTQ.items()}
     for key, result in measured["results"].items():
         agreement, median = measured["agreement"][key], result["median"]
         assert rows[names.get(key, f"modelzip `{key}`")][-6:] == [
