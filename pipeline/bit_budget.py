@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from modelzip.checkpoints.blocks import Linear
 from modelzip.compressors.quantize.allocate import frontier
@@ -15,6 +16,9 @@ from modelzip.weights.value import CompressedWeight
 from .forms import expected, fitted
 from .module_plan import ModulePlan, method_of, value_dtype
 from .request import Request
+
+WEIGHED: Final = 3
+"""Widths of a matrix, at most, whose errors are weighed: the usual one and its neighbours."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from modelzip.evaluation.bits_report import CHOICE
 from modelzip.weights.value import CompressedWeight
 
 from . import solve
-from .bit_budget import BitBudget, at_bits
+from .bit_budget import WEIGHED, BitBudget, at_bits
 from .bit_choice import Choice, Forms, chosen
 from .context import Context
 from .cost_of_errors import costs_of_errors
@@ -232,7 +232,7 @@ def near_widths(plans: Iterable[ModulePlan], budget: BitBudget) -> frozenset[int
         nbytes, every = budget.nbytes, list(plans)
         sizes = [sum(at_bits(plan, bits).after.nbytes for plan in every) for bits in budget.candidates]
         usual = min(widths, key=lambda width: abs(sizes[width] - nbytes))
-    return frozenset(width for width in widths if abs(width - usual) <= 1)
+    return frozenset(width for width in widths if 2 * abs(width - usual) < WEIGHED)
 
 
 def _tried(
@@ -245,20 +245,20 @@ def _tried(
     others = sums_of_inputs(streamed, walk, block, wanted, range(count, len(walk)))
     first = {id(one): name for name, one in reversed(sums.items())}  # the first linear that is handed the same tensor
     shared = {name: Statistic(_mean(sums[name]), sums[name].tokens) for name in first.values()}
-    left = {name: _mean(others[name]) for name in others}
+    means = {id(one): _mean(one) for one in others.values()}  # linears that are handed the same tensor share one
     found = {}
     for name, plan in plans.items():
         key = first[id(sums[name])] if name in sums else name
         sizes = tuple(at_bits(plan, bits).after.nbytes for bits in trial.budget.candidates)
         weight = streamed.weight(name).float().contiguous()
         made = _widths(trial, plan, weight, shared.get(key), source=streamed.checkpoint)
-        lost = [weight - (weight if one is None else one.dense(torch.float32)) for one in made]
-        moment = left.get(name)
-        errors = tuple(0.0 if moment is None else _traced(one, moment) for one in lost)
+        moment = means[id(others[name])] if name in others else None
+        lost = [_lost(weight, one, moment) for one in made]
+        errors, squares = (tuple(part) for part in zip(*lost, strict=True))
         lossy = [width for width, error in enumerate(errors) if error > 0]
         kept = [width for width in lossy if width in trial.near] or lossy[-1:]
         weights = {width: one for width in kept if (one := made[width]) is not None}
-        found[name] = Tried(key, errors, tuple(float(one.square().sum()) for one in lost), sizes, weights)
+        found[name] = Tried(key, errors, squares, sizes, weights)
     streamed.free(block)
     return found
 
@@ -267,9 +267,13 @@ def _mean(one: InputSum) -> Tensor:
     return finish(one.total, one.tokens)
 
 
-def _traced(lost: Tensor, moment: Tensor) -> float:
-    """tr(E M Eᵀ), E [out, in] and M [in, in]."""
-    return float(((lost @ moment) * lost).sum().clamp(min=0))
+def _lost(weight: Tensor, made: CompressedWeight | None, moment: Tensor | None) -> tuple[float, float]:
+    """tr(E M Eᵀ) and tr(E Eᵀ) of the error E [out, in]. moment: M, the mean of x xᵀ, None where no token arrives."""
+    if made is None:
+        return 0.0, 0.0
+    error = weight - made.dense(torch.float32)
+    weighed = 0.0 if moment is None else float(((error @ moment) * error).sum().clamp(min=0))
+    return weighed, float(error.square().sum())
 
 
 def _widths(

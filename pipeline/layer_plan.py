@@ -3,7 +3,7 @@ read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from modelzip.weights.dense import Dense
 from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, decoder, opened_dense, stored
 from modelzip.weights.value import CompressedWeight
 
-from .bit_budget import BitBudget, Foreseen, foreseen_bits, of_all_widths
+from .bit_budget import WEIGHED, BitBudget, Foreseen, foreseen_bits, of_all_widths
 from .blockwise import refusal, tuning_bytes
 from .cache_plan import CachePlan, cache_obstacle, plan_cache
 from .expert_plan import experts_note, with_experts
@@ -127,11 +127,9 @@ def plan_layers(request: Request) -> LayerPlan:
     needs_data = has_statistics or foreseen.budget is not None or bool(folding and folding.scaled)
     needs_data = needs_data or bool(cache and cache.is_new)
     needed = memory_needed(request.recipe, checkpoint, structure, model.config, needs_data=needs_data)
-    needed += sum(_also_held(module) for module in modules) + memory_held(folding, checkpoint, modules, structure)
+    needed += memory_held(folding, checkpoint, modules, structure)
     needed += tuning_bytes(request.recipe, checkpoint, structure, model.config, modules)
-    if foreseen.budget is not None:
-        kept = 3 * sum(module.after.nbytes for module in modules)  # as many widths of each are compared
-        needed = max(needed, BASE_BYTES + kept + gradient_bytes(request.recipe, checkpoint, batch_size=1))
+    needed = _memory(request, modules, foreseen.budget, needed)
     if modules and after >= before:
         problems.append(
             f"{request.where}: the output ({after:,} bytes) would not be smaller than the input ({before:,} bytes); "
@@ -268,6 +266,15 @@ def _layout(
 
 def _cache_note(cache: CachePlan | None) -> list[str]:
     return [] if cache is None or not cache.is_new else [cache.said()]
+
+
+def _memory(request: Request, modules: Sequence[ModulePlan], budget: BitBudget | None, needed: int) -> int:
+    """needed, with what some modules hold beside it; where bits are measured, at least what that takes."""
+    needed += sum(_also_held(module) for module in modules)
+    if budget is None:
+        return needed
+    kept = WEIGHED * sum(module.after.nbytes for module in modules)
+    return max(needed, BASE_BYTES + kept + gradient_bytes(request.recipe, request.checkpoint, batch_size=1))
 
 
 def _also_held(module: ModulePlan) -> int:

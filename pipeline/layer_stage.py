@@ -17,7 +17,6 @@ from modelzip.checkpoints.unfused import unfused
 from modelzip.checkpoints.writer import CheckpointWriter
 from modelzip.evaluation.cache_report import CACHE
 from modelzip.weights.dense import Dense
-from modelzip.weights.float import Float
 from modelzip.weights.layouts import MODELZIP, decoder, quantization_config, stored_tensors
 from modelzip.weights.value import dtype_name
 
@@ -82,17 +81,8 @@ def run_layers(
         claimed = (name for module in plan.modules for name in module.replaces)
         write_changes(source, streamed.structure, claimed=claimed, writer=writer)
         begin = context.clock.add("write", begin)
-        job = Job(
-            kind=plan.kind,
-            targets={module.name: module for module in plan.modules if not module.is_table},
-            tables=tuple(module for module in plan.modules if module.is_table),
-            layout=plan.layout,
-            seed=context.recipe.seed,
-            propagate=plan.propagate,
-            scaled=notes,
-            **spill,
-        )
-        _carry_floats(plan, source, streamed, writer)
+        job = _job(plan, context.recipe.seed, notes, spill)
+        _carry(plan, source, streamed, writer)
         compress_blocks(
             job, streamed, data if looks else [], writer=writer, clock=context.clock, progress=context.progress
         )
@@ -111,15 +101,31 @@ def run_layers(
     return records | chosen
 
 
-def _carry_floats(plan: LayerPlan, source: Checkpoint, streamed: StreamedModel, writer: CheckpointWriter) -> None:
-    """Write the floats that the stage leaves alone as the output's layout calls them, if the source has another."""
+def _job(plan: LayerPlan, seed: int, notes: Mapping[str, str], spill: Mapping[str, Any]) -> Job:
+    """What the engine is to do of a settled plan."""
+    return Job(
+        kind=plan.kind,
+        targets={module.name: module for module in plan.modules if not module.is_table},
+        tables=tuple(module for module in plan.modules if module.is_table),
+        layout=plan.layout,
+        seed=seed,
+        propagate=plan.propagate,
+        scaled=notes,
+        **spill,
+    )
+
+
+def _carry(plan: LayerPlan, source: Checkpoint, streamed: StreamedModel, writer: CheckpointWriter) -> None:
+    """Write weights that the stage leaves alone as the output's layout calls them, where the source calls them
+    otherwise."""
     config = source.quantization or {}
     if config.get("quant_method") in (None, plan.layout):
         return
     changed = {module.name for module in plan.modules}
     for name, weight in weights_now(source, streamed.structure, streamed.names).items():
         parts = streamed.names.parts(name)
-        if not isinstance(weight, Float) or name in changed or name in writer.done:
+        is_kept = name in changed or name in writer.done or not parts
+        if is_kept or stored_tensors(weight, plan.layout).keys() == parts.keys():
             continue
         read = source.read(parts.values())
         found = decoder(config)(name, {suffix: read[tensor] for suffix, tensor in parts.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import shutil
 import string
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, chdir, contextmanager, redirect_stdout
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -375,3 +376,18 @@ def text_file(prose, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def windows(spell, text_file) -> Tensor:
     """The windows that a run must cut from `text_file`, made without its reader."""
     return spell(text_file.read_text(encoding="utf-8")[:128]).view(8, 16)
+
+
+@pytest.fixture(scope="session")
+def lopsided(speaking, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama with two inputs of each block 60 times as large as the others, as in large trained models."""
+    target = tmp_path_factory.mktemp("uneven") / "model"
+    shutil.copytree(speaking("llama"), target)
+    tensors = load_file(target / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[[3, 17]] *= 60
+        if name.endswith(tuple(f"{leaf}_proj.weight" for leaf in ("q", "k", "v", "gate", "up"))):
+            tensor[:, [3, 17]] /= 60
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target

@@ -176,3 +176,22 @@ def test_what_is_in_modelzips_layout_can_be_exported(speaking, compress, tmp_pat
     with torch.no_grad():
         one, other = (_opened(tmp_path / name)(ids).logits for name in ("own", "other"))
     assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"method": "smoothquant", "group_size": "channel"},
+        {"method": "rtn", "grid": "fp8-e4m3", "group_size": "channel", "activations": "fp8"},
+        {"method": "rtn", "activations": "int8", "activation_scales": "static"},
+    ],
+    ids=str,
+)
+def test_a_later_stage_carries_them_into_its_own_layout(speaking, compress, weights_in, tmp_path, first):
+    compress(speaking("llama"), tmp_path / "one", {**first, "ignore": ["*.mlp.*"]})
+    before = weights_in(tmp_path / "one")
+    compress(tmp_path / "one", tmp_path / "two", {"method": "rtn", "bits": 3, "ignore": ["*.self_attn.*"]})
+    after = weights_in(tmp_path / "two")
+    assert len(after) > len(before) > 0
+    assert all(torch.equal(after[name].dense(), weight.dense()) for name, weight in before.items())
+    assert all(after[name].inputs.number == weight.inputs.number for name, weight in before.items())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 from modelzip.checkpoints.errors import ModelzipError
 from modelzip.checkpoints.index import Checkpoint
@@ -19,28 +16,13 @@ from modelzip.weights.mixed_columns import MixedColumns
 DOWN = {"rules": [{"match": "*.down_proj", "bits": 8}]}
 
 
-@pytest.fixture(scope="module")
-def uneven(speaking, tmp_path_factory):
-    """A llama with two inputs of each block 60 times as large as the others, as in large trained models."""
-    target = tmp_path_factory.mktemp("uneven") / "model"
-    shutil.copytree(speaking("llama"), target)
-    tensors = load_file(target / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith("layernorm.weight"):
-            tensor[[3, 17]] *= 60
-        if name.endswith(tuple(f"{leaf}_proj.weight" for leaf in ("q", "k", "v", "gate", "up"))):
-            tensor[:, [3, 17]] /= 60
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
 def _stage(**settings):
     return {"quantize": {"method": "quik", **settings}}
 
 
-def test_it_is_stored_packed_with_the_columns_of_the_largest_inputs_exact(uneven, compress, weights_in, tmp_path):
+def test_it_is_stored_packed_with_the_columns_of_the_largest_inputs_exact(lopsided, compress, weights_in, tmp_path):
     out = tmp_path / "out"
-    report = compress(uneven, out, _stage(**DOWN)).report
+    report = compress(lopsided, out, _stage(**DOWN)).report
     assert report["verification"] is not None
     assert report["size"]["bytes_after"] == Checkpoint.open(str(out)).nbytes
     weights = weights_in(out)
@@ -58,11 +40,11 @@ def test_it_is_stored_packed_with_the_columns_of_the_largest_inputs_exact(uneven
     }
 
 
-def test_it_loses_far_less_than_4_bits_for_all_columns(uneven, compress, tmp_path):
+def test_it_loses_far_less_than_4_bits_for_all_columns(lopsided, compress, tmp_path):
     """KL, all inputs and weights of 4 bits. Measured: 0.091 with one column of sixteen exact, 1.21 with none."""
     kl = {}
     for outliers in (0.0, 0.0625):
-        run = compress(uneven, tmp_path / str(outliers), _stage(outliers=outliers), evaluate={"enabled": True})
+        run = compress(lopsided, tmp_path / str(outliers), _stage(outliers=outliers), evaluate={"enabled": True})
         kl[outliers] = run.report["evaluation"]["kl"]
     assert kl[0.0625] < 0.15 * kl[0.0]
 
@@ -72,19 +54,19 @@ def test_encoders_transposed_linears_and_biases_too(speaking, compress, tmp_path
     assert compress(speaking(model), tmp_path / "out", _stage()).report["verification"] is not None
 
 
-def test_a_run_that_was_killed_ends_in_the_same_bytes(uneven, compress, killed_at, tensors_of, tmp_path):
-    compress(uneven, tmp_path / "whole", _stage())
+def test_a_run_that_was_killed_ends_in_the_same_bytes(lopsided, compress, killed_at, tensors_of, tmp_path):
+    compress(lopsided, tmp_path / "whole", _stage())
     with killed_at("quantize", 1) as progress:
-        compress(uneven, tmp_path / "killed", _stage(), progress=progress)
-    compress(uneven, tmp_path / "killed", _stage(), resume=True)
+        compress(lopsided, tmp_path / "killed", _stage(), progress=progress)
+    compress(lopsided, tmp_path / "killed", _stage(), resume=True)
     one, other = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "killed")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_each_linear_computes_as_it_was_measured(uneven, compress, weights_in, tmp_path):
+def test_each_linear_computes_as_it_was_measured(lopsided, compress, weights_in, tmp_path):
     """In the reopened model, hooked: every output is the matrix times what becomes of the input."""
-    compress(uneven, tmp_path / "out", _stage())
+    compress(lopsided, tmp_path / "out", _stage())
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     seen = {}
     for name, module in model.named_modules():
@@ -100,11 +82,11 @@ def test_each_linear_computes_as_it_was_measured(uneven, compress, weights_in, t
         assert not torch.allclose(output, x @ weights[name].dense().T, rtol=1e-3, atol=1e-3)
 
 
-def test_what_can_not_be_is_told_before_any_work(uneven, compress, recipe_of, tmp_path):
-    compress(uneven, tmp_path / "shared", {"factorize": {"method": "share", "groups": 1, "scope": "feed-forward"}})
+def test_what_can_not_be_is_told_before_any_work(lopsided, compress, recipe_of, tmp_path):
+    compress(lopsided, tmp_path / "shared", {"factorize": {"method": "share", "groups": 1, "scope": "feed-forward"}})
     (plan,) = plan_recipe(recipe_of(tmp_path / "shared", _stage()), output=tmp_path / "out")
     assert any("left alone (it serves several layers" in note for note in plan.notes)
-    compress(uneven, tmp_path / "quik", _stage())
+    compress(lopsided, tmp_path / "quik", _stage())
     with pytest.raises(ModelzipError, match="it is stored as mixed-columns already"):
         plan_recipe(recipe_of(tmp_path / "quik", _stage()), output=tmp_path / "out")
     request = Request(Checkpoint.open(str(tmp_path / "quik")), tmp_path / "other")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 from modelzip.checkpoints.errors import ModelzipError
 from modelzip.checkpoints.index import Checkpoint
@@ -24,25 +22,10 @@ CPU = torch.device("cpu")
 STAGE = {"quantize": {"method": "smoothquant"}}
 
 
-@pytest.fixture(scope="module")
-def uneven(speaking, tmp_path_factory):
-    """A llama with a few inputs 60 times as large as the others, as in large trained models."""
-    target = tmp_path_factory.mktemp("uneven") / "model"
-    shutil.copytree(speaking("llama"), target)
-    tensors = load_file(target / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith("layernorm.weight"):
-            tensor[[3, 17]] *= 60
-        if name.endswith(tuple(f"{leaf}_proj.weight" for leaf in ("q", "k", "v", "gate", "up"))):
-            tensor[:, [3, 17]] /= 60
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
-def test_it_is_stored_as_integers_that_plain_transformers_opens(uneven, compress, recipe_of, tensors_of, tmp_path):
-    (plan,) = plan_recipe(recipe_of(uneven, STAGE), output=tmp_path / "out")
+def test_it_is_stored_as_integers_that_plain_transformers_opens(lopsided, compress, recipe_of, tensors_of, tmp_path):
+    (plan,) = plan_recipe(recipe_of(lopsided, STAGE), output=tmp_path / "out")
     assert plan.needs_data
-    report = compress(uneven, tmp_path / "out", STAGE).report
+    report = compress(lopsided, tmp_path / "out", STAGE).report
     assert report["verification"] is not None  # a fresh process with compressed-tensors gives the same logits
     assert report["size"]["bytes_after"] == plan.bytes_after == Checkpoint.open(str(tmp_path / "out")).nbytes
     tensors = tensors_of(tmp_path / "out")
@@ -56,10 +39,10 @@ def test_it_is_stored_as_integers_that_plain_transformers_opens(uneven, compress
     assert config["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
 
 
-def test_activations_are_rounded_in_what_is_measured_too(uneven, compress, tmp_path):
+def test_activations_are_rounded_in_what_is_measured_too(lopsided, compress, tmp_path):
     """The streamed model gives what compressed-tensors' linears give. Measured: 0, and 0.021 from
     a model that only has the rounded weights."""
-    compress(uneven, tmp_path / "out", STAGE)
+    compress(lopsided, tmp_path / "out", STAGE)
     ids = torch.arange(3, 35)[None]
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     checkpoint = Checkpoint.open(str(tmp_path / "out"))
@@ -74,11 +57,11 @@ def test_activations_are_rounded_in_what_is_measured_too(uneven, compress, tmp_p
     assert without > 0.005
 
 
-def test_it_loses_less_than_rounding_weights_alone_where_a_few_inputs_are_large(uneven, compress, tmp_path):
+def test_it_loses_less_than_rounding_weights_alone_where_a_few_inputs_are_large(lopsided, compress, tmp_path):
     """Measured: 0.0007, and 0.040 for weights alone, whose small columns meet the large inputs."""
     rtn = {"quantize": {"method": "rtn", "bits": 8, "group_size": "channel", "clip": "none"}}
     mine, plain = (
-        compress(uneven, tmp_path / str(number), stage, evaluate={"enabled": True}).report["evaluation"]["kl"]
+        compress(lopsided, tmp_path / str(number), stage, evaluate={"enabled": True}).report["evaluation"]["kl"]
         for number, stage in enumerate((STAGE, rtn))
     )
     assert mine < 0.1 * plain
@@ -91,11 +74,11 @@ def test_encoders_and_biases_too(speaking, compress, tmp_path, model):
     assert {module["form"] for module in report["modules"]} == {"8 bit, one scale a row, inputs of 8 bit"}
 
 
-def test_a_run_that_was_killed_ends_in_the_same_bytes(uneven, compress, killed_at, tensors_of, tmp_path):
-    compress(uneven, tmp_path / "whole", STAGE)
+def test_a_run_that_was_killed_ends_in_the_same_bytes(lopsided, compress, killed_at, tensors_of, tmp_path):
+    compress(lopsided, tmp_path / "whole", STAGE)
     with killed_at("quantize", 1) as progress:
-        compress(uneven, tmp_path / "killed", STAGE, progress=progress)
-    compress(uneven, tmp_path / "killed", STAGE, resume=True)
+        compress(lopsided, tmp_path / "killed", STAGE, progress=progress)
+    compress(lopsided, tmp_path / "killed", STAGE, resume=True)
     one, other = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "killed")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -132,14 +115,14 @@ def test_linears_that_lie_transposed_are_in_modelzips_layout(speaking, compress,
 
 
 @pytest.mark.parametrize("to", ["dense", "gguf", "onnx"])
-def test_formats_that_do_not_round_inputs_are_refused(uneven, compress, tmp_path, to):
-    compress(uneven, tmp_path / "out", STAGE)
+def test_formats_that_do_not_round_inputs_are_refused(lopsided, compress, tmp_path, to):
+    compress(lopsided, tmp_path / "out", STAGE)
     request = Request(Checkpoint.open(str(tmp_path / "out")), tmp_path / "other")
     assert f"its linears round their inputs, which {to} doesn't say" in (refusal(request, to) or "")
 
 
-def test_integers_with_zero_points_or_groups_are_not_taken_for_these(uneven, compress, tmp_path):
-    compress(uneven, tmp_path / "out", STAGE)
+def test_integers_with_zero_points_or_groups_are_not_taken_for_these(lopsided, compress, tmp_path):
+    compress(lopsided, tmp_path / "out", STAGE)
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert rounds_inputs(config)
     decoder(config)
