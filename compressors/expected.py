@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 
-def group_misfit(group_size: int | str, columns: int) -> str | None:
-    """Why a group size doesn't fit so many columns, a part of a sentence; None if it does."""
-    if isinstance(group_size, int) and columns % group_size:
-        return f"group {group_size} doesn't divide {columns} columns"
+def group_misfit(group_size: int | str, count: int, what: str = "columns") -> str | None:
+    """Why a group size doesn't fit so many columns, or what else, a part of a sentence; None if it does."""
+    if isinstance(group_size, int) and count % group_size:
+        return f"group {group_size} doesn't divide {count} {what}"
     return None
 
 

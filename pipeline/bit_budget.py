@@ -108,7 +108,7 @@ def _sizes(settings: BudgetSettings, before: CompressedWeight) -> list[int] | No
     """Bytes of a matrix at each candidate; None where the method refuses it."""
     found = []
     for bits in settings.candidates:
-        fit, _ = fitted(settings.at_bits(bits), before.shape[1])
+        fit, _ = fitted(settings.at_bits(bits), before.shape)
         after = expected(method_of(fit), before, fit, value_dtype(before))
         if isinstance(after, str):
             return None
@@ -143,7 +143,7 @@ def _allowance(
 
 
 def _at_its_bits(settings: MethodSettings, before: CompressedWeight) -> CompressedWeight | str:
-    fit, _ = fitted(closed(settings), before.shape[1])
+    fit, _ = fitted(closed(settings), before.shape)
     return expected(method_of(fit), before, fit, value_dtype(before))
 
 

@@ -31,23 +31,33 @@ SMALLEST_GROUP: Final = 16
 Settings = TypeVar("Settings", bound=MethodSettings)
 
 
-def fitted(settings: Settings, columns: int) -> tuple[Settings, str]:
-    """The settings with a group size that divides the columns, and what was changed; those without bits stay."""
+def fitted(settings: Settings, shape: tuple[int, int]) -> tuple[Settings, str]:
+    """The settings with a group size that divides the columns of a matrix [out, in], or its rows if groups lie along
+    them, and what was changed; those without bits stay."""
+    count, along = grouped(settings, shape)
     size = getattr(settings, "group_size", None)
     has_groups = getattr(settings, "bits", None) is not None
-    if not has_groups or not isinstance(size, int) or columns % size == 0:
+    if not has_groups or not isinstance(size, int) or count % size == 0:
         return settings, ""
     fitting = [
-        1 << power for power in range(4, 16) if SMALLEST_GROUP <= 1 << power < size and columns % (1 << power) == 0
+        1 << power for power in range(4, 16) if SMALLEST_GROUP <= 1 << power < size and count % (1 << power) == 0
     ]
     chosen: int | str = max(fitting) if fitting else "channel"
-    return settings.model_copy(update={"group_size": chosen}), f"group {size} doesn't divide {columns} columns"
+    return settings.model_copy(update={"group_size": chosen}), f"group {size} doesn't divide {count} {along}"
+
+
+def grouped(settings: MethodSettings, shape: tuple[int, int]) -> tuple[int, str]:
+    """How many of what the groups of a matrix [out, in] divide: rows or columns."""
+    along = getattr(settings, "group_along", "columns")
+    return (shape[0] if along == "rows" else shape[1]), along
 
 
 def taken_group(settings: MethodSettings) -> str:
     """The group size in words."""
     size = getattr(settings, "group_size", None)
-    return f"group {size}" if isinstance(size, int) else "one scale a row"
+    if isinstance(size, int):
+        return f"group {size}"
+    return "one scale a column" if getattr(settings, "group_along", "columns") == "rows" else "one scale a row"
 
 
 def expected(
@@ -61,7 +71,7 @@ def expected(
         return method.expect(before, settings, dtype)
     factors: list[Factor] = []
     for factor in (before.left, before.right):
-        made = method.expect(factor, fitted(settings, factor.shape[1])[0], dtype)
+        made = method.expect(factor, fitted(settings, factor.shape)[0], dtype)
         if not isinstance(made, Factor):
             return made if isinstance(made, str) else f"its factors can't become {made.kind.replace('_', '-')}"
         factors.append(made)
@@ -86,9 +96,7 @@ def described(weight: CompressedWeight) -> str:
             return f"{described(weight.inner)}, {_inputs(weight.inputs)}"
         case Codebook():
             offsets = "" if weight.offset is None else " with offsets"
-            by_row = weight.group_size == weight.shape[1]
-            group = "one scale a row" if by_row else f"group {weight.group_size}"
-            shared = () if weight.scale is None else (f"{group}{offsets}",)
+            shared = () if weight.scale is None else (f"{_tile(weight)}{offsets}",)
             tables = "evenly" if offsets else "a table a row" if len(weight.table) > 1 else "one table"
             return ", ".join([f"{weight.bits} bit", tables, *shared])
         case VectorCodebook():
@@ -139,6 +147,13 @@ def _vectors(weight: VectorCodebook) -> str:
 
 def _shared(weight: Affine | Float) -> str:
     return f"group {weight.group_size}" if weight.strategy == "group" else f"one scale a {_ROWS[weight.strategy]}"
+
+
+def _tile(weight: Codebook) -> str:
+    rows, columns = weight.group_rows, weight.group_size
+    if rows > 1:
+        return "one scale a column" if rows == weight.shape[0] else f"group {rows} along the rows"
+    return "one scale a row" if columns == weight.shape[1] else f"group {columns}"
 
 
 _ROWS = {"channel": "row", "tensor": "matrix"}

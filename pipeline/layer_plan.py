@@ -25,7 +25,7 @@ from .blockwise import refusal, tuning_bytes
 from .cache_plan import CachePlan, cache_obstacle, plan_cache
 from .expert_plan import experts_note, with_experts
 from .fold_plan import Folding, memory_held, plan_rotation, plan_scales
-from .forms import described, expected, fitted, taken_group
+from .forms import described, expected, fitted, grouped, taken_group
 from .layer_result import planned_result
 from .module_plan import ModulePlan, looks_at_inputs, method_of, unshared, value_dtype
 from .patterns import others, pattern_problems
@@ -210,9 +210,9 @@ def _modules(
         asked = settings_for(stage, linear.name)
         if asked is None:
             continue
-        settings, note = fitted(sized(foreseen.settings(linear.name, asked)), linear.shape[1])
+        settings, note = fitted(sized(foreseen.settings(linear.name, asked)), linear.shape)
         if note and getattr(asked, "strict_groups", False):
-            misfits.append(f"{linear.name} has {linear.shape[1]} columns")
+            misfits.append("{} has {} {}".format(linear.name, *grouped(asked, linear.shape)))
         before = now[linear.name]
         after = expected(method_of(settings), before, settings, value_dtype(before))
         if isinstance(after, str):
@@ -237,7 +237,7 @@ def _modules(
         )
     if misfits:
         problems.append(
-            f"{where}: group_size {stage.settings.group_size} doesn't divide the columns of {len(misfits)} modules: "
+            f"{where}: group_size {stage.settings.group_size} doesn't divide {len(misfits)} modules: "
             f"{misfits[0]}{others(misfits)}; choose a divisor, or leave out --strict-groups."
         )
     return modules, {name: reason for name, reason in refused.items() if name not in again}

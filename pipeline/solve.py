@@ -136,7 +136,7 @@ def _solve_factors(
     """W = L R: R sees the inputs x, and L sees what the compressed R makes of them, so its Hessian is R̂ H R̂ᵀ."""
     halves = []
     for part, factor in (("right", now.right), ("left", now.left)):
-        fit, _ = fitted(settings, factor.shape[1])
+        fit, _ = fitted(settings, factor.shape)
         dense = factor.dense(torch.float32)
         half = solve(f"{name}.{part}", dense, None, settings=fit, statistic=statistic, job=job)
         halves.append(half)

@@ -84,7 +84,7 @@ def _plan(
 ) -> ModulePlan | str:
     """The plan of one table, or why it stays as it is."""
     plainer = FALLBACK.get(type(asked))
-    settings, note = fitted(closed(asked) if plainer is None else plainer(closed(asked)), table.shape[1])
+    settings, note = fitted(closed(asked) if plainer is None else plainer(closed(asked)), table.shape)
     before = _now(table, checkpoint, names)
     after = expected(method_of(settings), before, settings, value_dtype(before))
     if isinstance(after, str):

@@ -21,8 +21,8 @@ class Codebook:
     """A matrix [out, in] of values table[index] * scale + offset, computed in fp32 and rounded to `dtype`.
 
     packed: int32 words [out, words] (see `modelzip.kernels.bitpack`). table: [1, 2**bits] for the whole matrix, or
-    [out, 2**bits], one a row. scale: [out, groups], one for each group of columns; None for 1. offset: the shape of
-    scale; None for 0.
+    [out, 2**bits], one a row. scale: [bands, groups], one for each tile that these cut the matrix into; None for
+    1. offset: the shape of scale; None for 0.
     """
 
     packed: Tensor
@@ -61,6 +61,11 @@ class Codebook:
         return None if self.scale is None else self.shape[1] // self.scale.shape[1]
 
     @property
+    def group_rows(self) -> int:
+        """Rows that share one scale; 1 without scales."""
+        return 1 if self.scale is None else self.shape[0] // self.scale.shape[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes on disk."""
         return payload(self)
@@ -78,7 +83,7 @@ class Codebook:
         flat = index.reshape(-1)
         indices = unpack(self.packed[flat], self.bits, self.shape[1])
         return (
-            table_values(indices, self.values.rows(flat), dtype=self.dtype)
+            table_values(indices, self.values.rows(flat, self.shape[0]), dtype=self.dtype)
             .to(dtype)
             .reshape(*index.shape, self.shape[1])
         )
@@ -110,6 +115,7 @@ class Codebook:
             "tables": self.table.shape[0],
             "table_dtype": dtype_name(self.table.dtype),
             "group_size": self.group_size,
+            "group_rows": self.group_rows,
             "offset": self.offset is not None,
             "scale_dtype": None if self.scale is None else dtype_name(self.scale.dtype),
             "dtype": dtype_name(self.dtype),
@@ -122,8 +128,8 @@ class Codebook:
         table = torch.empty(int(meta["tables"]), 1 << bits, dtype=named_dtype(meta["table_dtype"]), device="meta")
         scale = None
         if meta["group_size"] is not None:
-            groups = columns // int(meta["group_size"])
-            scale = torch.empty(rows, groups, dtype=named_dtype(meta["scale_dtype"]), device="meta")
+            bands, groups = rows // int(meta.get("group_rows", 1)), columns // int(meta["group_size"])
+            scale = torch.empty(bands, groups, dtype=named_dtype(meta["scale_dtype"]), device="meta")
         offset = None if scale is None or not meta["offset"] else torch.empty_like(scale)
         packed = empty_words(rows, columns, bits)
         return cls(packed, table, scale, bits, (rows, columns), named_dtype(meta["dtype"]), offset)

@@ -95,7 +95,8 @@ class Float:
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """dense(dtype)[index]; only these rows are decoded."""
         flat = index.reshape(-1)
-        found = table_values(self._unpacked(self.packed[flat]), self._values.rows(flat), dtype=self.dtype)
+        values = self._values.rows(flat, self.shape[0])
+        found = table_values(self._unpacked(self.packed[flat]), values, dtype=self.dtype)
         return found.to(dtype).reshape(*index.shape, self.shape[1])
 
     def matmul(self, x: Tensor) -> Tensor:

@@ -149,8 +149,8 @@ def _blank(inner: Inner, rows: Tensor, columns: Tensor) -> Tensor:
     middle = inner.table[:, 1 << (inner.bits - 1)].float()
     value = middle.expand(len(rows)) if len(middle) == 1 else middle[rows]
     if inner.scale is not None:
-        group = columns // (inner.shape[1] // inner.scale.shape[1])
-        value = value * inner.scale[rows, group].float()
+        tile = rows // (inner.shape[0] // inner.scale.shape[0]), columns // (inner.shape[1] // inner.scale.shape[1])
+        value = value * inner.scale[tile].float()
         if inner.offset is not None:
-            value = value + inner.offset[rows, group].float()
+            value = value + inner.offset[tile].float()
     return value.to(inner.dtype)

@@ -41,8 +41,11 @@ def grid_of(task: LayerTask, importance: Tensor | None = None) -> AffineGrid | F
     return fit_table_grid(weight, values=settings.grid, bits=settings.bits, **common)
 
 
-def grid_misfit(settings: QuantizeSettings, columns: int) -> str | None:
-    """Why the grid doesn't fit so many columns, a part of a sentence; None if it does."""
+def grid_misfit(settings: QuantizeSettings, shape: tuple[int, int]) -> str | None:
+    """Why the grid doesn't fit a matrix [out, in], a part of a sentence; None if it does."""
+    rows, columns = shape
+    if isinstance(settings, Hqq) and settings.group_along == "rows":
+        return group_misfit(settings.group_size, rows, "rows")
     block = BLOCKS.get(settings.grid) if isinstance(settings, OnGrid) else None
     if block is not None and columns % block:
         return f"{columns} columns aren't whole blocks of {block}, as {settings.method} on such a grid needs"
@@ -63,11 +66,13 @@ def expected_on_grid(settings: QuantizeSettings, dtype: torch.dtype, shape: tupl
     if grid == "ternary":
         return Affine.empty({**meta, **grid_meta(settings.bits, size, True, shape=shape)})
     own = grid == "kmeans"
+    height, width = settings.tile(shape) if isinstance(settings, Hqq) else (1, shape[1] if size == "channel" else size)
     tables = {
         "bits": settings.bits,
         "tables": shape[0] if own and size == "channel" else 1,
         "table_dtype": meta["dtype"] if own else "float32",
-        "group_size": None if own else shape[1] if size == "channel" else size,
+        "group_size": None if own else width,
+        "group_rows": height,
         "scale_dtype": None if own else meta["dtype"],
         "offset": isinstance(settings, Hqq),
     }

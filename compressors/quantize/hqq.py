@@ -3,10 +3,12 @@
 Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models". The error E = W - dequantized(W) is
 to have a small l_p norm with p < 1. Half-quadratic splitting puts a stand-in for E between: it shrinks E to its large
 entries, then fits the zero points to the weights without them in closed form, and so on, ever more tightly (β grows by
-κ). Scales span each group's range; zero points are no whole numbers.
+κ). Scales span each group's range; zero points are no whole numbers. A group lies along the rows (the source's axis 0:
+an input that all rows weigh more or less than others has scales of its own) or along the columns (axis 1).
 
 Where this differs from the source: each group keeps the zero point of least l_p norm of those on the way, where the
-source stops all groups together when the mean error no longer falls.
+source stops all groups together when the mean error no longer falls; a group along the rows is of neighbours, where the
+source's is of rows far apart.
 
 The norm is in the weights' own unit, as in the source. Weights of transformers are so small that at β = 10 nothing of E
 is left after shrinking but the largest errors, so that zero points come out close to those of least squares. (Counting
@@ -29,7 +31,7 @@ def hqq_grid(
     weight: Tensor,
     *,
     bits: int,
-    group_size: int,
+    tile: tuple[int, int],
     dtype: torch.dtype,
     norm: float = 0.7,
     beta: float = 10.0,
@@ -38,13 +40,15 @@ def hqq_grid(
 ) -> TableGrid:
     """The grid for weight [out, in].
 
-    group_size: columns that share a scale and a zero point. dtype: of both as stored. norm: p. beta: how little is
-    shrunk at first; kappa: by how much that grows a step.
+    tile: rows and columns that share a scale and a zero point; they divide those of weight. dtype: of both as stored.
+    norm: p. beta: how little is shrunk at first; kappa: by how much that grows a step.
     """
     levels = (1 << bits) - 1
     scales, offsets = [], []
-    for part in torch.split(weight, max(1, SLAB_ELEMENTS // weight.shape[1])):
-        grouped = part.reshape(len(part), -1, group_size)
+    height, width = tile
+    for part in torch.split(weight, max(1, SLAB_ELEMENTS // weight.shape[1] // height) * height):
+        tiled = part.reshape(len(part) // height, height, -1, width)
+        grouped = tiled.transpose(1, 2).flatten(2).contiguous()
         low, high = grouped.aminmax(dim=-1)
         scale = stored_scales((high - low) / levels, dtype)
         zero = _zero_points(grouped, scale, -low / scale, levels, norm=norm, beta=beta, kappa=kappa, steps=steps)

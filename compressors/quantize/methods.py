@@ -51,9 +51,12 @@ def _rtn(task: LayerTask) -> CompressedWeight:
 
 def _hqq(task: LayerTask) -> CompressedWeight:
     settings: Hqq = task.settings
-    size = task.weight.shape[1] if settings.group_size == "channel" else int(settings.group_size)
+    rows, columns = task.weight.shape
     search = settings.model_dump(include={"norm", "beta", "kappa", "steps"})
-    return rtn(task.weight, hqq_grid(task.weight, bits=settings.bits, group_size=size, dtype=task.dtype, **search))
+    return rtn(
+        task.weight,
+        hqq_grid(task.weight, bits=settings.bits, tile=settings.tile((rows, columns)), dtype=task.dtype, **search),
+    )
 
 
 def _factor(hessian: Tensor, settings: Gptq | Obq) -> InverseFactor:
@@ -101,7 +104,7 @@ def _expect(current: CompressedWeight, settings: QuantizeSettings, dtype: torch.
             else f"stored as {current.kind.replace('_', '-')}"
         )
         return f"it is {told} already"
-    misfit = grid_misfit(settings, current.shape[1])
+    misfit = grid_misfit(settings, current.shape)
     if misfit:
         return misfit
     if not isinstance(settings, OnGrid) or settings.grid != "int":

@@ -124,12 +124,23 @@ class Hqq(BudgetSettings, QuantizeSettings):
 
     method: Literal["hqq"] = Field(default="hqq", description="Name of the method.")
     group_size: Annotated[int, Field(ge=1)] | Literal["channel"] = Field(
-        default=64, description="Columns that share one scale and one offset; channel: one of each a row."
+        default=64,
+        description="Rows or columns, see group_along, that share one scale and one offset; channel: all of them.",
+    )
+    group_along: Literal["rows", "columns"] = Field(
+        default="rows",
+        description="What a group is of; rows: weights of one column, the source's axis 0; columns: of one row.",
     )
     norm: float = Field(default=0.7, gt=0, lt=2, description="p of the l_p norm of the error that is made small.")
     beta: float = Field(default=10.0, gt=0, description="How little errors are shrunk at first.")
     kappa: float = Field(default=1.01, ge=1, description="By how much beta grows a step.")
     steps: int = Field(default=20, ge=1, le=1000, description="Steps of the search.")
+
+    def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of a matrix [out, in] that share one scale."""
+        axis = 0 if self.group_along == "rows" else 1
+        size = shape[axis] if self.group_size == "channel" else self.group_size
+        return (size, 1) if axis == 0 else (1, size)
 
 
 class Gptq(DampedSettings, OnGrid):

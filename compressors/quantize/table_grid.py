@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modelzip.kernels.obs_columns import Table
+from modelzip.kernels.table_linear import Values
 from modelzip.weights.codebook import Codebook
 
 from .binary import binary_scales
@@ -30,8 +31,8 @@ BINS = 4096
 class TableGrid:
     """The values that entries of one matrix [out, in] may have: table entry times scale plus offset.
 
-    table: fp32 [1 or out, 2**bits], rising. scale: fp32 [out, groups], holding values of `dtype`; None for 1. offset:
-    the same; None for 0.
+    table: fp32 [1 or out, 2**bits], rising. scale: fp32 [bands, groups], one for each tile that these cut the matrix
+    into, holding values of `dtype`; None for 1. offset: the same; None for 0.
     """
 
     table: Tensor
@@ -41,7 +42,8 @@ class TableGrid:
     offset: Tensor | None = None
 
     def columns(self, index: Tensor, *, rows: int, in_features: int) -> Table:
-        """The table, and scale and offset of the given columns, [len(index), rows]; for the column loop."""
+        """The table, and scale and offset of the given columns, [len(index), rows]; for the column loop, of scales that
+        each belong to one row."""
         if self.scale is None:
             return Table(self.table, None, None)
         group = index // (in_features // self.scale.shape[1])
@@ -50,13 +52,13 @@ class TableGrid:
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Indices [out, in], int64, of the values nearest to weight [out, in]."""
-        found = []
-        size = max(1, SLAB_ELEMENTS // weight.shape[1])
-        for begin in range(0, len(weight), size):
-            rows = slice(begin, begin + size)
-            table = self.table if len(self.table) == 1 else self.table[rows]
-            scale, offset = (None if one is None else one[rows] for one in (self.scale, self.offset))
-            found.append(_nearest(weight[rows], table, scale, offset))
+        found, count = [], len(weight)
+        values = Values(self.table, self.scale, self.offset)
+        band = values.band(count)
+        size = max(1, SLAB_ELEMENTS // weight.shape[1] // band) * band
+        for begin in range(0, count, size):
+            rows = slice(begin, min(begin + size, count))
+            found.append(_nearest(weight[rows], values.rows(rows, count)))
         return torch.cat(found)
 
     def weight(self, codes: Tensor) -> Codebook:
@@ -172,10 +174,12 @@ def places(scaled: Tensor, table: Tensor) -> Tensor:
     return torch.searchsorted(middles[0] if len(table) == 1 else middles, scaled.contiguous())
 
 
-def _nearest(weight: Tensor, table: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+def _nearest(weight: Tensor, values: Values) -> Tensor:
+    table, scale, offset = values
     scaled = weight
     if scale is not None:
-        grouped = weight.reshape(len(weight), scale.shape[1], -1)
-        grouped = grouped if offset is None else grouped - offset.unsqueeze(-1)
-        scaled = (grouped / scale.unsqueeze(-1)).reshape(weight.shape)
+        bands, groups = scale.shape
+        tiled = weight.reshape(bands, len(weight) // bands, groups, weight.shape[1] // groups)
+        tiled = tiled if offset is None else tiled - offset[:, None, :, None]
+        scaled = (tiled / scale[:, None, :, None]).reshape(weight.shape)
     return places(scaled, table)

@@ -26,8 +26,8 @@ def table_linear(x: Tensor, packed: Tensor, values: Values, *, bits: int, column
         raise ValueError(
             f"packed {tuple(packed.shape)} and table {tuple(table.shape)} don't fit {columns} columns of {bits} bits"
         )
-    if scale is not None and columns % scale.shape[1]:
-        raise ValueError(f"scale {tuple(scale.shape)} doesn't fit {columns} columns")
+    if scale is not None and (columns % scale.shape[1] or len(packed) % max(1, len(scale))):
+        raise ValueError(f"scale {tuple(scale.shape)} doesn't fit {len(packed)} rows of {columns} columns")
     if offset is not None and (scale is None or offset.shape != scale.shape):
         raise ValueError(f"offset {tuple(offset.shape)} has no scale of its shape")
     return reference.table_linear(x, packed, values, bits=bits, columns=columns, dtype=dtype)

@@ -115,7 +115,7 @@ def _changes(
             )
             break
         before = now[linear.name]
-        taken, note = (settings, "") if holds_codes(before) else fitted(settings, linear.shape[1])
+        taken, note = (settings, "") if holds_codes(before) else fitted(settings, linear.shape)
         if note:
             note = f"{note}: {taken_group(taken)} is taken"
         if holds_codes(before):

@@ -34,9 +34,9 @@ def looked_up(indices: Tensor, values: Values) -> Tensor:
         for column in range(indices.shape[1]):
             entry = table[0 if len(table) == 1 else row, indices[row, column]]
             if scale is not None:
-                group = column // (indices.shape[1] // scale.shape[1])
-                entry = entry * scale[row, group]
-                entry = entry if offset is None else entry + offset[row, group]
+                tile = row * len(scale) // len(indices), column * scale.shape[1] // indices.shape[1]
+                entry = entry * scale[tile]
+                entry = entry if offset is None else entry + offset[tile]
             made[row, column] = entry
     return made
 
@@ -65,6 +65,20 @@ def test_each_group_of_columns_has_its_own_scale_and_offset(groups):
     indices, values = given(6, 64, bits=4, groups=groups, offset=True, own=False)
     made = table_values(indices.to(torch.uint8), values, dtype=torch.float32)
     assert torch.equal(made, looked_up(indices, values))
+
+
+@pytest.mark.parametrize(("bands", "groups"), [(3, 64), (1, 1), (1, 64), (2, 4), (6, 1)])
+def test_a_scale_may_be_of_a_tile_of_rows_and_columns(bands, groups, monkeypatch):
+    indices, values = given(6, 64, bits=4, groups=groups, offset=True, own=False)
+    values = Values(values.table, values.scale[:bands], values.offset[:bands])
+    made, truth = table_values(indices.to(torch.uint8), values, dtype=torch.float32), looked_up(indices, values)
+    assert torch.equal(made, truth)
+    chosen = torch.tensor([5, 0, 5, 2])
+    assert torch.equal(table_values(indices[chosen], values.rows(chosen, 6), dtype=torch.float32), truth[chosen])
+    monkeypatch.setattr(reference, "SLAB_ELEMENTS", 64)  # slabs of one row, or of as many as a scale takes
+    x, packed = drawn(3, 64, seed=5), pack(indices.to(torch.uint8), 4)
+    found = table_linear(x, packed, values, bits=4, columns=64, dtype=torch.float32)
+    assert torch.allclose(found, x @ truth.T, atol=1e-5)
 
 
 @pytest.mark.parametrize(("bits", "groups", "offset", "own"), FORMS)
@@ -97,7 +111,8 @@ def test_leading_dimensions_are_kept():
     [
         ({"columns": 32}, "x has 64 columns; the weight has 32"),
         ({"bits": 8}, r"packed \(5, 8\) and table \(1, 16\) don't fit 64 columns of 8 bits"),
-        ({"values": Values(torch.zeros(1, 16), torch.ones(5, 3))}, r"scale \(5, 3\) doesn't fit 64 columns"),
+        ({"values": Values(torch.zeros(1, 16), torch.ones(5, 3))}, r"scale \(5, 3\) doesn't fit 5 rows of 64 col"),
+        ({"values": Values(torch.zeros(1, 16), torch.ones(2, 4))}, r"scale \(2, 4\) doesn't fit 5 rows of 64 col"),
         ({"values": Values(torch.zeros(1, 16), None, torch.ones(5, 1))}, r"offset \(5, 1\) has no scale of its shape"),
         (
             {"values": Values(torch.zeros(1, 16), torch.ones(5, 2), torch.ones(5, 1))},

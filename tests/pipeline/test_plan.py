@@ -147,7 +147,7 @@ def told(recipe) -> list[str]:
 def test_strict_groups_name_a_module_that_the_group_does_not_fit(saved, recipe_of):
     stage = {"method": "rtn", "group_size": 32, "strict_groups": True}
     assert told(recipe_of(saved("llama"), stage)) == [
-        "quantize: group_size 32 doesn't divide the columns of 2 modules: model.layers.0.mlp.down_proj has 48 columns "
+        "quantize: group_size 32 doesn't divide 2 modules: model.layers.0.mlp.down_proj has 48 columns "
         "(and 1 more); choose a divisor, or leave out --strict-groups."
     ]
 

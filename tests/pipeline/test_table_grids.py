@@ -57,7 +57,8 @@ def test_hqq_is_written_with_an_offset_a_group(speaking, compress, recipe_of, tm
     assert isinstance(weight, Codebook)
     assert weight.offset is not None
     shares = {module["form"] for module in report["modules"]}
-    assert shares == {"3 bit, evenly, group 16 with offsets"}
+    along = "evenly, group 16 along the rows with offsets", "evenly, one scale a column with offsets"
+    assert shares == {f"3 bit, {words}" for words in along}  # key and value projections have 16 rows
 
 
 def test_gptq_loses_less_than_rounding_on_the_same_tables(speaking, compress, tmp_path):

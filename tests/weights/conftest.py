@@ -109,6 +109,9 @@ def weights_of_all_kinds(random_weight) -> Callable[..., dict[str, CompressedWei
         offsets = Codebook.from_indices(
             indices, draw(1, 8).float(), scales, bits=3, dtype=dtype, offset=draw(rows, columns // 8)
         )
+        banded = Codebook.from_indices(
+            indices, draw(1, 8).float(), draw(rows // 5, columns), bits=3, dtype=dtype, offset=draw(rows // 5, columns)
+        )
         by_row = Codebook.from_indices(indices, draw(rows, 8), None, bits=3, dtype=dtype)
         vectors = torch.randint(32, (rows, columns // 4, 1), generator=generator)
         sums = torch.randint(512, (rows, columns // 8, 2), generator=generator)
@@ -125,6 +128,7 @@ def weights_of_all_kinds(random_weight) -> Callable[..., dict[str, CompressedWei
             "outliers beside affine": WithOutliers.of(group, 5 * draw(rows, columns), few),
             "outliers beside zero points": WithOutliers.of(zeros, 5 * draw(rows, columns), few),
             "outliers beside offsets": WithOutliers.of(offsets, 5 * draw(rows, columns), few),
+            "outliers beside scales of 5 rows": WithOutliers.of(banded, 5 * draw(rows, columns), few),
             "outliers beside a table a row": WithOutliers.of(by_row, 5 * draw(rows, columns), few),
             "no outliers": WithOutliers.of(single, 5 * draw(rows, columns), few & ~few),
             "vectors": VectorCodebook.from_indices(vectors, Vectors(draw(1, 1, 32, 4), None, None), bits=5),
@@ -141,6 +145,7 @@ def weights_of_all_kinds(random_weight) -> Callable[..., dict[str, CompressedWei
             "codebook": Codebook.from_indices(indices, draw(1, 8), scales, bits=3, dtype=dtype),
             "codebook, fp32 table": Codebook.from_indices(indices, draw(1, 8).float(), scales, bits=3, dtype=dtype),
             "codebook, offsets": offsets,
+            "codebook, a scale for each 5 rows": banded,
             "codebook, a table a row": by_row,
             "float, fp8": Float.from_codes(floats, draw(rows, 1), E4M3, dtype=dtype),
             "float, fp8, one scale": Float.from_codes(floats & 123, draw(1, 1), E5M2, dtype=dtype),

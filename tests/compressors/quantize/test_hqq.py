@@ -18,8 +18,9 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def grid_of(weight: Tensor, *, bits: int, steps: int = 20, group: int | None = None, norm: float = 0.7) -> TableGrid:
-    size = weight.shape[1] if group is None else group
-    return hqq_grid(weight, bits=bits, group_size=size, dtype=torch.float32, steps=steps, norm=norm)
+    """With groups along the columns."""
+    tile = (1, weight.shape[1] if group is None else group)
+    return hqq_grid(weight, bits=bits, tile=tile, dtype=torch.float32, steps=steps, norm=norm)
 
 
 def plain(weight: Tensor, *, bits: int) -> TableGrid:
@@ -105,6 +106,24 @@ def test_it_is_the_sources_iteration(unit):
 def test_groups_of_one_value_are_kept(value):
     weight = torch.full((3, 32), value)
     assert torch.equal(rtn(weight, grid_of(weight, bits=4, group=16)).dense(), weight)
+
+
+def test_groups_along_the_rows_are_those_of_the_transpose_along_the_columns():
+    weight = drawn(64, 40, seed=5)
+    grid = hqq_grid(weight, bits=3, tile=(16, 1), dtype=torch.float32)
+    other = grid_of(weight.T.contiguous(), bits=3, group=16)
+    assert grid.scale.shape == (4, 40)
+    assert torch.equal(rtn(weight, grid).dense(), rtn(weight.T.contiguous(), other).dense().T)
+
+
+@pytest.mark.parametrize("tile", [(16, 1), (1, 8), (4, 8), (64, 1)], ids=str)
+def test_slabs_of_rows_end_where_tiles_do(tile, monkeypatch):
+    weight = drawn(64, 40, seed=6)
+    whole = rtn(weight, hqq_grid(weight, bits=3, tile=tile, dtype=torch.float32)).dense()
+    for module in ("hqq", "table_grid"):
+        monkeypatch.setattr(f"modelzip.compressors.quantize.{module}.SLAB_ELEMENTS", 40 * 6)
+    parts = rtn(weight, hqq_grid(weight, bits=3, tile=tile, dtype=torch.float32)).dense()
+    assert torch.equal(whole, parts)
 
 
 def test_slabs_make_no_difference(monkeypatch):
