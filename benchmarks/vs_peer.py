@@ -1,12 +1,14 @@
-"""modelzip beside llm-compressor on the same work: wall time, memory, size and agreement, in one run.
+"""modelzip beside its peers on the same work: wall time, memory, size and agreement, in one run.
 
     python vs_peer.py [MODEL] [--calibration TEXT --evaluation TEXT] [--peer-python PEERS/bin/python]
-    python vs_peer.py MODEL ... --also asymmetric='--asymmetric' --also-peer peer-rtn='--method rtn'
+    python vs_peer.py MODEL ... --weight-only-python OTHERS/bin/python --also-peer hqq='hqq --axis 0'
+    python vs_peer.py MODEL ... --also asymmetric='--asymmetric' --also-peer rtn='--method rtn'
     python vs_peer.py MODEL ... --ours 'prune --method sparsegpt' --peer '--method sparsegpt' --name sparsegpt-vs-peer
 
 Without MODEL it makes the protocol's model from the demo package, without texts it takes those of Python's manual, and
-without --peer-python (an environment as peers.txt says) it runs ours only. Commands run whole and in turn, agreement
-is computed after all of them by agreement.py. Writes results/NAME.json and prints tables.
+without --peer-python (an environment as peers.txt says) it runs ours only. A peer whose options begin with a library's
+name is run by peer_weight_only.py, others by peer_llmcompressor.py. Commands run whole and in turn, agreement is
+computed after all of them by agreement.py. Writes results/NAME.json and prints tables.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, help="text file")
     parser.add_argument("--evaluation", type=Path, help="text file")
     parser.add_argument("--peer-python", help="Python of an environment with llm-compressor")
+    parser.add_argument("--weight-only-python", help="Python that has the libraries which --also-peer names")
     parser.add_argument("--peer-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--modelzip", default=shlex.quote(str(Path(sys.executable).with_name("modelzip"))))
     parser.add_argument("--ours", default="quantize --method gptq --bits 4", help="verb and options of modelzip's run")
@@ -83,17 +86,52 @@ def commands(options: argparse.Namespace, work: Path, dtype: str) -> dict[str, l
         program = [*shlex.split(options.modelzip), verb, str(options.model)]
         contestants[name] = [*program, *own, *shlex.split(fixed), *size, *text]
         contestants[name] += group if verb == "quantize" and "--group-size" not in own else []
-    peers = (f"peer={options.peer}", *options.also_peer) if options.peer_python else ()
-    for name, extra in (named.split("=", 1) for named in peers):
-        program = [options.peer_python, str(HERE / "peer_llmcompressor.py"), str(options.model)]
-        rest = [str(work / name), str(options.calibration), *size, *group, "--dtype", dtype]
-        contestants[name] = [*program, *rest, *shlex.split(extra)]
+    for name, extra in peers(options).items():
+        rest = [str(options.model), str(work / name), str(options.calibration), *size, *group, "--dtype", dtype]
+        contestants[name] = [*program_of(extra, options), *rest, *shlex.split(extra)[is_weight_only(extra) :]]
     return contestants
+
+
+def peers(options: argparse.Namespace) -> dict[str, str]:
+    """Options by name of those whose environment is given."""
+    first = [f"peer={options.peer}"] if options.peer_python else []
+    named = dict(one.split("=", 1) for one in (*first, *options.also_peer))
+    return {
+        name: extra
+        for name, extra in named.items()
+        if (options.weight_only_python if is_weight_only(extra) else options.peer_python)
+    }
+
+
+def is_weight_only(extra: str) -> bool:
+    """Whether options begin with the name of a library."""
+    return extra[:1].isalpha()
+
+
+def program_of(extra: str, options: argparse.Namespace) -> list[str]:
+    if is_weight_only(extra):
+        return [options.weight_only_python, str(HERE / "peer_weight_only.py"), shlex.split(extra)[0]]
+    return [options.peer_python, str(HERE / "peer_llmcompressor.py")]
+
+
+def unpacked(command: list[str], folder: Path, *, is_peer: bool) -> Path:
+    """The folder that agreement.py can open: of a peer of weights alone, what its library makes of them."""
+    if not is_peer:
+        return folder
+    subprocess.run([*command, "--dense"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return folder / "dense"
+
+
+def packed_mb(folder: Path) -> float:
+    """Size of the weights on disk."""
+    files = (file for ending in ("safetensors", "pt", "bin") for file in folder.rglob(f"*.{ending}"))
+    return round(sum(file.stat().st_size for file in files if file.parent.name != "dense") / 1e6, 1)
 
 
 def shown(command: list[str], options: argparse.Namespace, work: Path) -> str:
     """A command as it goes into the results: without this machine's paths."""
-    names = {str(options.model): "MODEL", str(options.calibration): "CALIBRATION", str(options.peer_python): "PYTHON"}
+    names = {str(options.model): "MODEL", str(options.calibration): "CALIBRATION"}
+    names |= {str(options.peer_python): "PYTHON", str(options.weight_only_python): "PYTHON"}
     places = {str(work): "WORK", str(HERE): "benchmarks", str(Path(sys.executable).parent): "BIN"}
     words = [names.get(word, word) for word in command]
     for place, name in places.items():
@@ -134,12 +172,17 @@ def report(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     dtype = fast if options.peer_dtype == "auto" else options.peer_dtype
     contest = commands(options, work, dtype)
     peer_versions = versions(options.peer_python, ("llmcompressor", *LIBRARIES)) if options.peer_python else {}
+    others = {name: shlex.split(extra)[0] for name, extra in peers(options).items() if is_weight_only(extra)}
+    if others:
+        peer_versions |= versions(options.weight_only_python, tuple(sorted(set(others.values()))))
     runs = summarise(alternate(contest, rounds=options.rounds, logs=work))
     agreed = {}
     for name in contest if options.windows else ():
         print(f"agreement: {name}", file=sys.stderr, flush=True)
         limits = ("--windows", str(options.windows))
-        agreed[name] = script("agreement.py", options.model, work / name, options.evaluation, *limits)
+        folder = unpacked(contest[name], work / name, is_peer=name in others)
+        agreed[name] = script("agreement.py", options.model, folder, options.evaluation, *limits)
+        agreed[name]["disk_mb"] = packed_mb(work / name)
     reports = {name: work / name / "report.json" for name in contest if (work / name / "report.json").is_file()}
     work_tflop = arithmetic(options.model, tokens=options.samples * options.seq_len)
     rate = max(ceilings["gflops"][fast].values())

@@ -102,7 +102,8 @@ def _flat(metadata: Iterable[object]) -> list[object]:
 def _range(whole: bool, metadata: Sequence[object]) -> str:
     limits = {key: getattr(one, key) for one in metadata for key in ("ge", "gt", "le", "lt") if hasattr(one, key)}
     if "ge" in limits and "le" in limits and limits["le"] < 2**53:
-        return f"{limits['ge']} to {limits['le']}"
+        least, most = limits["ge"], limits["le"]
+        return f"{least} to {most}" if least < most else f"{least}"
     noun = "a whole number" if whole else "a number"
     words = {"ge": "{} or more", "gt": "above {}", "le": "{} or less", "lt": "below {}"}
     told = [words[key].format(limit) for key, limit in limits.items() if abs(limit) < 2**53]

