@@ -259,12 +259,24 @@ GPTQ = {
 }
 """Runs of the benchmarks by name, with the options beside `gptq` that the README shows."""
 
+OTHERS = {
+    "nf4": "modelzip `rtn --grid nf`",
+    "peer-rtn": "llm-compressor `RTN`",
+    "gptqmodel": "GPTQModel `GPTQ`",
+    "auto-round-0": "AutoRound, 0 steps",
+    "peer-nf4": "bitsandbytes `NF4`",
+    "peer-hqq": "HQQ, axis 1",
+    "peer-hqq-axis-0": "HQQ, axis 0",
+}
+"""Runs by name that the README calls otherwise."""
+
 
 @pytest.mark.parametrize(
     ("file", "ours", "peer"),
     [
         ("gptq-vs-peer.json", "modelzip `gptq`", "llm-compressor `GPTQ`"),
         ("methods.json", "modelzip `gptq`", "llm-compressor `GPTQ`"),
+        ("weight-only.json", "modelzip `gptq`", "llm-compressor `GPTQ`"),
         ("sparsegpt-vs-peer.json", "modelzip `sparsegpt`", "llm-compressor `SparseGPT`"),
         ("prune-2of4.json", "modelzip `sparsegpt`", ""),
         ("svd-80.json", "modelzip `svd-llm`", ""),
@@ -273,7 +285,7 @@ GPTQ = {
 def test_the_results_are_those_of_the_committed_benchmarks(file, ours, peer) -> None:
     rows = table_after((ROOT / "README.md").read_text(encoding="utf-8"), f"[{file}](benchmarks/results/{file})")
     measured = json.loads((ROOT / "benchmarks" / "results" / file).read_text(encoding="utf-8"))
-    names = {"ours": ours, "peer": peer, "peer-rtn": "llm-compressor `RTN`"}
+    names = {"ours": ours, "peer": peer, **OTHERS}
     names |= {name: f"modelzip `gptq {options}`" for name, options in GPTQ.items()}
     for key, result in measured["results"].items():
         agreement, median = measured["agreement"][key], result["median"]
