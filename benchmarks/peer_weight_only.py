@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peer_llmcompressor import windows as first_windows
+
 STARTED = time.perf_counter()
 
 
@@ -47,15 +49,10 @@ def opened(options: argparse.Namespace, **more: Any) -> Any:
 
 
 def windows(options: argparse.Namespace) -> list[list[int]]:
-    """The first windows of the text; fewer is an error, never a silent shortening."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    ids = tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    count, length = options.samples, options.seq_len
-    if len(ids) < count * length:
-        raise SystemExit(f"the text holds {len(ids)} tokens, {count} windows of {length} need {count * length}")
-    return [ids[start : start + length] for start in range(0, count * length, length)]
+    text = options.text.read_text(encoding="utf-8")
+    return first_windows(AutoTokenizer.from_pretrained(options.model), text, options.samples, options.seq_len)
 
 
 def hqq(options: argparse.Namespace) -> Mapping[str, Any]:

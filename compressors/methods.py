@@ -20,3 +20,8 @@ FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] 
     {**quantize.FALLBACK, **prune.FALLBACK}
 )
 """Where a method doesn't serve: from its settings those of a plainer one that always does."""
+
+ON_TABLES: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType(
+    {**FALLBACK, **quantize.ON_TABLES}
+)
+"""From a method's settings those that a table of embeddings is compressed with; the others take tables as they are."""

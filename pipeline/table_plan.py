@@ -16,7 +16,7 @@ from modelzip.checkpoints.blocks import Linear, Structure
 from modelzip.checkpoints.errors import CheckpointError
 from modelzip.checkpoints.index import DTYPES, Checkpoint
 from modelzip.checkpoints.names import NameMap
-from modelzip.compressors.methods import FALLBACK
+from modelzip.compressors.methods import ON_TABLES
 from modelzip.compressors.settings import MethodSettings
 from modelzip.recipes.match import settings_for
 from modelzip.recipes.schema import Stage
@@ -83,8 +83,8 @@ def _plan(
     table: Table, asked: MethodSettings, *, checkpoint: Checkpoint, model: nn.Module, names: NameMap
 ) -> ModulePlan | str:
     """The plan of one table, or why it stays as it is."""
-    plainer = FALLBACK.get(type(asked))
-    settings, note = fitted(closed(asked) if plainer is None else plainer(closed(asked)), table.shape)
+    suited = ON_TABLES.get(type(asked))
+    settings, note = fitted(closed(asked) if suited is None else suited(closed(asked)), table.shape)
     before = _now(table, checkpoint, names)
     after = expected(method_of(settings), before, settings, value_dtype(before))
     if isinstance(after, str):

@@ -134,6 +134,11 @@ def _plainer(settings: QuantizeSettings) -> Rtn:
     return Rtn(**settings.model_dump(include=set(Rtn.model_fields) - {"method"}))
 
 
+def _along_columns(settings: Hqq) -> Hqq:
+    """For a table: its rows are of one token each, and how many there are suits no group."""
+    return settings.model_copy(update={"group_along": "columns"})
+
+
 def _fed(compress: Callable[[LayerTask], CompressedWeight]) -> LayerMethod:
     """A method on any grid that makes up for errors by the Hessian of the inputs."""
     return rounding_inputs(
@@ -208,3 +213,8 @@ FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] 
     }
 )
 """What is done instead of a method where it doesn't serve: settings -> plainer settings."""
+
+ON_TABLES: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType(
+    {**FALLBACK, Hqq: _along_columns}
+)
+"""What is done with a table of embeddings, which no inputs reach: settings -> settings that suit it."""

@@ -379,15 +379,29 @@ def windows(spell, text_file) -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def lopsided(speaking, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def edited(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Callable[[str, Tensor], None]], Path]:
+    """edited(folder, change) -> a copy whose tensors change(name, tensor) has been called on."""
+
+    def copy_of(folder: Path, change: Callable[[str, Tensor], None]) -> Path:
+        target = tmp_path_factory.mktemp("edited") / "model"
+        shutil.copytree(folder, target)
+        tensors = load_file(target / "model.safetensors")
+        for name, tensor in tensors.items():
+            change(name, tensor)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        return target
+
+    return copy_of
+
+
+@pytest.fixture(scope="session")
+def lopsided(speaking, edited) -> Path:
     """A llama with two inputs of each block 60 times as large as the others, as in large trained models."""
-    target = tmp_path_factory.mktemp("uneven") / "model"
-    shutil.copytree(speaking("llama"), target)
-    tensors = load_file(target / "model.safetensors")
-    for name, tensor in tensors.items():
+
+    def change(name: str, tensor: Tensor) -> None:
         if name.endswith("layernorm.weight"):
             tensor[[3, 17]] *= 60
         if name.endswith(tuple(f"{leaf}_proj.weight" for leaf in ("q", "k", "v", "gate", "up"))):
             tensor[:, [3, 17]] /= 60
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
+
+    return edited(speaking("llama"), change)

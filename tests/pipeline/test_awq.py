@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 import modelzip.weights  # noqa: F401  # teaches the layout to transformers
 from modelzip.checkpoints.errors import ModelzipError
@@ -21,18 +19,16 @@ STAGE = {"method": "awq", "bits": 3, "group_size": 16}
 
 
 @pytest.fixture(scope="module")
-def uneven(speaking, tmp_path_factory):
+def uneven(speaking, edited):
     """A llama a few of whose inputs are ten times as large as the others, as in trained models."""
-    target = tmp_path_factory.mktemp("uneven") / "model"
-    shutil.copytree(speaking("llama"), target)
-    tensors = load_file(target / "model.safetensors")
-    for name, tensor in tensors.items():
+
+    def change(name, tensor):
         if name.endswith("layernorm.weight"):
             tensor[[3, 17]] *= 10
         if name.endswith(("v_proj.weight", "up_proj.weight")):
             tensor[[1, 5]] *= 10
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
+
+    return edited(speaking("llama"), change)
 
 
 def kl(report):

@@ -61,6 +61,12 @@ def test_hqq_is_written_with_an_offset_a_group(speaking, compress, recipe_of, tm
     assert shares == {f"3 bit, {words}" for words in along}  # key and value projections have 16 rows
 
 
+def test_hqq_of_an_embedding_has_groups_of_one_tokens_numbers(speaking, compress, tmp_path, weights_in):
+    compress(speaking("llama"), tmp_path / "out", {"method": "hqq", "group_size": 16, "embeddings": True})
+    (table,) = (weight for name, weight in weights_in(tmp_path / "out").items() if "embed_tokens" in name)
+    assert (table.group_rows, table.group_size) == (1, 16)
+
+
 def test_gptq_loses_less_than_rounding_on_the_same_tables(speaking, compress, tmp_path):
     errors = []
     for method in ("rtn", "gptq"):
