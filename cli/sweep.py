@@ -20,6 +20,7 @@ from .output import write_json
 from .request import checked, data_from
 
 if TYPE_CHECKING:
+    from modelzip.evaluation.sweep import SweepReport
     from modelzip.pipeline.sweeps import Planned
 
 FILE: Final = Option("recipe", (), "A recipe file, or the name of a shipped recipe.", "argument", required=True)
@@ -152,20 +153,19 @@ def _show_plan(planned: Planned, folder: Path) -> None:
 
 def _run(found: Sweep, told: Mapping[str, Any], *, json: bool) -> None:
     from modelzip.checkpoints.memory import keep_freed
-    from modelzip.evaluation.sweep_report import sweep_json, sweep_table
-    from modelzip.pipeline.sweeps import run_sweep
+    from modelzip.pipeline.sweeps import FailedRunsError, run_sweep
 
-    from .output import write
     from .progress import shown_progress
 
     keep_freed()
-    with shown_progress() as progress:
-        report = run_sweep(found, **told, progress=progress)
-    if json:
-        write(sweep_json(report).decode())
-    else:
-        header, rows = sweep_table(report)
-        _show(header, rows, [*report.answer, *(f"left out: {one.reason}" for one in report.skipped)], told["folder"])
+    try:
+        with shown_progress() as progress:
+            report = run_sweep(found, **told, progress=progress)
+    except FailedRunsError as error:
+        if error.report is not None:
+            _show(error.report, told["folder"], json=json)
+        raise
+    _show(report, told["folder"], json=json)
     conditions = found.base.evaluate.fail_if
     if conditions and not any(run.passes for run in report.runs):
         quoted = " and ".join(f'"{one}"' for one in conditions)
@@ -174,12 +174,19 @@ def _run(found: Sweep, told: Mapping[str, Any], *, json: bool) -> None:
         )
 
 
-def _show(header: Sequence[str], rows: Sequence[Sequence[str]], lines: Sequence[str], folder: Path) -> None:
+def _show(report: SweepReport, folder: Path, *, json: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .output import write_rich
+    from modelzip.evaluation.sweep_report import sweep_json, sweep_table
 
+    from .output import write, write_rich
+
+    if json:
+        write(sweep_json(report).decode())
+        return
+    header, rows = sweep_table(report)
+    lines = [*report.answer, *(f"left out: {one.reason}" for one in report.skipped)]
     table = Table(header[0], title="Sweep", title_justify="left")
     for heading in header[1:-1]:
         table.add_column(heading, justify="right")

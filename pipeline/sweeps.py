@@ -31,6 +31,14 @@ WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json")
 """Files of an output that are gone where only its report is kept."""
 
 
+class FailedRunsError(ProblemsError):
+    """Runs of a sweep failed. report: the table of the others, None if there are none."""
+
+    def __init__(self, sentences: Sequence[str], report: SweepReport | None) -> None:
+        super().__init__(sentences)
+        self.report = report
+
+
 @dataclass(frozen=True)
 class Planned:
     """The runs that can be done, each with the plans of its stages, and those that can't."""
@@ -72,8 +80,8 @@ def run_sweep(
     skip_invalid: bool = False,
     progress: Progress,
 ) -> SweepReport:
-    """Run all that isn't done, and write the table of all runs into the folder. Raises ModelzipError and its kinds; for
-    runs that fail when the others are done and in the table.
+    """Run all that isn't done, and write the table of all runs into the folder. Raises ModelzipError and its kinds;
+    FailedRunsError for runs that fail, when the others are done and in the table.
 
     keep: whose weights stay: of all runs, of those on the Pareto front, or of none. Reports stay.
     """
@@ -104,6 +112,7 @@ def run_sweep(
         reports[one.name] = result.report
         _check_alike(runs, reports)
         _drop(_finished(runs, reports, folder), keep, folder)
+    report = None
     if reports:
         _restore(runs, reports, keep, folder, progress=progress)
         _drop(_finished(runs, reports, folder), keep, folder)
@@ -112,7 +121,8 @@ def run_sweep(
     if failed:
         others = f"the others are in {folder / FILES[1]}; " if reports else ""
         told = [f"run {one.name} failed: {one.reason}" for one in failed]
-        raise ProblemsError([*told, f"{others}--resume tries what failed again."])
+        raise FailedRunsError([*told, f"{others}--resume tries what failed again."], report)
+    assert report is not None, "there is a run, and it hasn't failed"
     return report
 
 

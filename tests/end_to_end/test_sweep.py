@@ -63,6 +63,17 @@ def test_a_sweep_that_is_interrupted_goes_on_to_one_table_of_all_runs(place, mod
     assert 'No run of the sweep passes "bytes > 10"' in failed.errors[0]
 
 
+def test_a_run_that_fails_is_told_below_the_table_of_the_others(place, modelzip):
+    sweep = "sweep: {quantize: [{method: rtn}, {method: gptq, max_kl: 1.0e-9}]}"
+    recipe = RECIPE.replace(RECIPE.splitlines()[-1], sweep)
+    (place / "failing.yaml").write_text(recipe)
+    done = modelzip.fork("sweep", "failing.yaml", "-o", "failing", cwd=place).wait()
+    assert done.code == 2
+    assert "best for its size" in done.out
+    assert any("run gptq-max-kl1e-09 failed" in line and "max_kl" in line for line in done.errors), done.err
+    assert "Traceback" not in done.err
+
+
 def test_a_dry_run_predicts_every_runs_size_and_writes_nothing(place, modelzip):
     before = sorted(place.iterdir())
     vary = ("--vary", "method=rtn,gptq", "--vary", "bits=3,4", "--vary", "symmetric=true,false")

@@ -14,7 +14,6 @@ import pytest
 from modelzip.checkpoints.errors import (
     CheckpointError,
     MachineError,
-    ModelzipError,
     OutputError,
     ProblemsError,
     RecipeError,
@@ -22,7 +21,7 @@ from modelzip.checkpoints.errors import (
 from modelzip.evaluation.sweep import SweepReport
 from modelzip.pipeline import room
 from modelzip.pipeline.run import run_recipe
-from modelzip.pipeline.sweeps import plan_sweep, run_sweep
+from modelzip.pipeline.sweeps import FailedRunsError, plan_sweep, run_sweep
 from modelzip.recipes.sweep import Sweep, expand
 
 NAMES = ["rtn-2bit", "rtn-4bit", "gptq-2bit", "gptq-4bit"]
@@ -171,8 +170,10 @@ def test_a_run_that_fails_does_not_keep_the_others_from_being_made(whole, sweep,
 
     with monkeypatch.context() as patch:
         patch.setattr("modelzip.pipeline.sweeps.run_recipe", failing)
-        with pytest.raises(ModelzipError) as told:
+        with pytest.raises(FailedRunsError) as told:
             go(sweep, tmp_path / "sweep")
+    assert told.value.report is not None
+    assert {run.name for run in told.value.report.runs} == {*NAMES} - {"gptq-2bit"}
     assert str(told.value).splitlines() == [
         "run gptq-2bit failed: No room is left.",
         f"the others are in {tmp_path / 'sweep' / 'sweep.md'}; --resume tries what failed again.",
