@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from modelzip.checkpoints.blocks import Structure, find_structure
-from modelzip.checkpoints.errors import CheckpointError
-from modelzip.checkpoints.index import DTYPES, Checkpoint
+from modelzip.checkpoints.index import Checkpoint
 from modelzip.checkpoints.names import NameMap
 from modelzip.checkpoints.skeleton import skeleton
 from modelzip.recipes.match import settings_for
-from modelzip.weights.dense import Dense
-from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, decoder, opened_dense, stored
+from modelzip.weights.layouts import COMPRESSED_TENSORS, MODELZIP, opened_dense
 from modelzip.weights.value import CompressedWeight
 
 from .bit_budget import WEIGHED, BitBudget, Foreseen, foreseen_bits, of_all_widths
@@ -34,6 +30,7 @@ from .request import Request
 from .room import BASE_BYTES, memory_needed
 from .table_plan import plan_tables
 from .target_size import sizer
+from .weights_now import weights_now
 from .whole import gradient_bytes
 
 MEND = {
@@ -123,13 +120,10 @@ def plan_layers(request: Request) -> LayerPlan:
     after = checkpoint.nbytes - sum(m.before.nbytes for m in modules) + sum(m.after.nbytes for m in modules) + added
     forms = weights | of_all_widths(foreseen.budget, modules)
     layout, layout_note = _layout(request, forms, structure, names, cache)
-    has_statistics = any(looks_at_inputs(module.settings) for module in modules)
-    needs_data = has_statistics or foreseen.budget is not None or bool(folding and folding.scaled)
-    needs_data = needs_data or bool(cache and cache.is_new)
+    needs_data = _needs_data(modules, foreseen.budget, folding, cache)
     needed = memory_needed(request.recipe, checkpoint, structure, model.config, needs_data=needs_data)
     needed += memory_held(folding, checkpoint, modules, structure)
     needed += tuning_bytes(request.recipe, checkpoint, structure, model.config, modules)
-    needed = _memory(request, modules, foreseen.budget, needed)
     if modules and after >= before:
         problems.append(
             f"{request.where}: the output ({after:,} bytes) would not be smaller than the input ({before:,} bytes); "
@@ -144,7 +138,7 @@ def plan_layers(request: Request) -> LayerPlan:
         layout=layout,
         bytes_before=before,
         bytes_after=after,
-        memory_bytes=needed,
+        memory_bytes=_memory(request, modules, foreseen.budget, needed),
         disk_bytes=after + request.disk_before,
         needs_data=needs_data,
         propagate=getattr(stage.settings, "propagate", "compressed"),
@@ -161,32 +155,6 @@ def plan_layers(request: Request) -> LayerPlan:
         takes_apart=bool(apart),
         cache=cache,
     )
-
-
-def weights_now(checkpoint: Checkpoint, structure: Structure, names: NameMap) -> dict[str, CompressedWeight]:
-    """What each linear of the blocks is in the checkpoint, on the meta device.
-
-    Raises CheckpointError for layouts that modelzip doesn't read.
-    """
-    config = checkpoint.quantization
-    try:
-        decoder(config or {"quant_method": MODELZIP, "modules": {}})
-    except ValueError as error:
-        raise CheckpointError(
-            f"{checkpoint.source} is already {error}, which modelzip can't take as input: give the original model."
-        ) from None
-    found: dict[str, CompressedWeight] = {}
-    for linear in (linear for block in structure.blocks for linear in block.linears):
-        parts = names.parts(linear.name)
-        if parts:
-            assert config is not None
-            shapes = {suffix: checkpoint.tensors[name] for suffix, name in parts.items()}
-            empty = {s: torch.empty(t.shape, dtype=DTYPES[t.dtype], device="meta") for s, t in shapes.items()}
-            found[linear.name] = stored(config, linear.name, empty, linear.shape)
-        else:
-            dtype = DTYPES[checkpoint.tensors[linear.tensor].dtype]
-            found[linear.name] = Dense(torch.empty(linear.shape, dtype=dtype, device="meta"))
-    return found
 
 
 def _modules(
@@ -262,6 +230,14 @@ def _layout(
         why = f" ({reason})" if reason else ""
         return layout, [f"the result is in modelzip's own layout{why}: opening it needs `import modelzip.weights`"]
     return layout, []
+
+
+def _needs_data(
+    modules: Sequence[ModulePlan], budget: BitBudget | None, folding: Folding | None, cache: CachePlan | None
+) -> bool:
+    """Whether anything of the stage asks for text."""
+    looks = any(looks_at_inputs(module.settings) for module in modules)
+    return looks or budget is not None or bool(folding and folding.scaled) or bool(cache and cache.is_new)
 
 
 def _cache_note(cache: CachePlan | None) -> list[str]:

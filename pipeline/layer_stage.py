@@ -26,13 +26,14 @@ from .choose_bits import settled
 from .context import Context
 from .folding import require_same, rotated, scaled, write_changes
 from .identity import PROVENANCE
-from .layer_plan import LayerPlan, weights_now
+from .layer_plan import LayerPlan
 from .layerwise import Job, compress_blocks
 from .measure import open_streamed
 from .module_plan import looks_at_inputs
 from .scales import choose_scales, keep, kept
 from .serving import at_sharers, shared_after
 from .text import Windows
+from .weights_now import weights_now
 
 HIDDEN_SHARE = 0.4
 """Share of the free memory that waiting batches may hold before they spill to disk."""

@@ -24,9 +24,9 @@ from modelzip.weights.trainable import holds_codes
 from modelzip.weights.value import CompressedWeight
 
 from ..forms import described, fitted, taken_group
-from ..layer_plan import weights_now
 from ..module_plan import value_dtype
 from ..portable import choose_layout
+from ..weights_now import weights_now
 from .fit import Problems
 
 MEND: Final = {"prune": "take a higher sparsity", "distill": "take fewer bits or larger groups"}

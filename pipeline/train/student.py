@@ -28,7 +28,7 @@ from modelzip.weights.trainable import holds_codes
 from modelzip.weights.value import CompressedWeight
 
 from ..layer_config import counted_anew, require_countable
-from ..layer_plan import weights_now
+from ..weights_now import weights_now
 
 if TYPE_CHECKING:  # which is planned on students
     from .changes import Change
