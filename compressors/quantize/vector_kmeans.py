@@ -24,10 +24,11 @@ SAMPLED = 128
 """Vectors an entry that codebooks are fitted to; more hardly lower the error."""
 
 FEWEST = 1 << 14
-"""Vectors that codebooks of few entries are fitted to, if there are so many."""
+"""Vectors that codebooks of few entries are fitted to, and begun with, if there are so many."""
 
-SEEDED = 64
-"""Vectors an entry from which those that the search starts with are chosen."""
+SEEDED = 8
+"""Vectors an entry from which those that the search starts with are chosen: their number counts squared, and with eight
+times as many the error of 4096 entries in the end is less by 1 % at most, for several times the time."""
 
 APART = 1e-2
 """How far the halves of a split entry begin from each other, in units of the vectors' root mean square."""
@@ -137,8 +138,8 @@ def _seeds(
     if metric is not None:
         cost *= metric.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     flat, cost = points.reshape(-1, points.shape[-1]), cost.reshape(-1)
-    if len(flat) > SEEDED * count:
-        chosen = torch.randperm(len(flat), generator=generator)[: SEEDED * count].to(flat.device)
+    if len(flat) > (most := max(SEEDED * count, FEWEST)):
+        chosen = torch.randperm(len(flat), generator=generator)[:most].to(flat.device)
         flat, cost = flat[chosen], cost[chosen]
     turned, norms = flat.T.contiguous(), flat.square().sum(1)
     lots = torch.rand(count, 2 + int(math.log(count)), generator=generator, dtype=torch.float64).to(flat.device)
