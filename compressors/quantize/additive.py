@@ -54,7 +54,9 @@ def _extended(
 ) -> tuple[Tensor, Tensor]:
     """The best sums with any entry of codebook `number`: codes [n, beam, books] and what is then left of each point."""
     n, followed, _ = left.shape
-    gain = left @ entries.T - half - left.square().sum(-1, keepdim=True) / 2  # minus half the squared distance
+    gain = torch.addmm(half, left.flatten(0, 1), entries.T, beta=-1).reshape(n, followed, -1)
+    if followed > 1:  # minus half the squared distance; without this the same ranks for one sum alone
+        gain -= left.square().sum(-1, keepdim=True) / 2
     if beam == 1 and followed == 1:
         chosen = gain.flatten(1).argmax(1, keepdim=True)
     else:
