@@ -2,9 +2,9 @@
 
     python agreement.py ORIGINAL COMPRESSED TEXT [--windows 40 --seq-len 512]
 
-Both models are opened whole by transformers and run densely in fp32, one window at a time. TEXT is tokenized whole with
-the original's tokenizer, no BOS, and cut without overlap. Perplexity is over the `seq-len - 1` predictions of each
-window; KL(original ‖ compressed) and top-1 agreement are means over the same positions.
+Both models are opened whole by transformers and run in fp32, one window at a time, densely unless inputs are rounded.
+TEXT is tokenized whole with the original's tokenizer, no BOS, and cut without overlap. Perplexity is over the
+`seq-len - 1` predictions of each window; KL(original ‖ compressed) and top-1 agreement are means over the same positions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def open_dense(model: str) -> torch.nn.Module:
     """The model in fp32 with its weights decompressed; a tensor without its place is an error, not noise."""
     stored = getattr(AutoConfig.from_pretrained(model), "quantization_config", None)
     options: dict[str, Any] = {"output_loading_info": True}
-    if stored is not None and stored["quant_method"] == "compressed-tensors":
+    if stored is not None and stored["quant_method"] == "compressed-tensors" and not _rounds_inputs(stored):
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     opened: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
     network, info = opened
@@ -40,6 +40,11 @@ def open_dense(model: str) -> torch.nn.Module:
         if hasattr(module, "weight_value") and hasattr(module, "in_features"):  # decodes its weight in every pass
             result.set_submodule(name, plain(module))
     return result
+
+
+def _rounds_inputs(stored: dict[str, Any]) -> bool:
+    """Whether what compressed-tensors holds is more than weights."""
+    return any(group.get("input_activations") for group in stored["config_groups"].values())
 
 
 def plain(module: Any) -> torch.nn.Module:

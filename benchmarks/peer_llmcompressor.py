@@ -2,8 +2,8 @@
 
     python peer_llmcompressor.py MODEL OUTPUT TEXT [--samples 64 --seq-len 512 --method gptq --dtype float32]
 
-The setting is the protocol's: int4 symmetric weights in groups of 64 (or half of the weights pruned), every decoder
-linear, `lm_head` left alone, the first windows of TEXT (tokenized whole, no BOS, cut without overlap) in their order.
+The setting is the protocol's: int4 symmetric weights in groups of 64 (or half of the weights pruned, or int8 weights and
+inputs behind SmoothQuant), every decoder linear, `lm_head` left alone, the first windows of TEXT (tokenized whole, no BOS, cut without overlap) in their order.
 Everything else is the peer's default, which for GPTQ means activation order "static" (the only kind it still has).
 Prints its phases as JSON.
 """
@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--method", choices=("gptq", "rtn", "sparsegpt", "wanda"), default="gptq")
+    parser.add_argument("--method", choices=("gptq", "rtn", "smoothquant", "sparsegpt", "wanda"), default="gptq")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--mask", default="0:0", help="of the pruning methods: 0:0 is unstructured, else such as 2:4")
     parser.add_argument("--observer", default=None, help="how scales are chosen, for instance mse; default: the peer's")
@@ -50,10 +50,14 @@ def modifier(options: argparse.Namespace) -> Any:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     if options.method in ("sparsegpt", "wanda"):
         kind = SparseGPTModifier if options.method == "sparsegpt" else WandaPruningModifier
         return kind(sparsity=options.sparsity, mask_structure=options.mask, targets=["Linear"], ignore=["lm_head"])
+    if options.method == "smoothquant":
+        rounding = QuantizationModifier(scheme="W8A8", targets=["Linear"], ignore=["lm_head"])
+        return [SmoothQuantModifier(), rounding]
     weights = QuantizationArgs(
         num_bits=4, symmetric=True, strategy="group", group_size=options.group_size, observer=options.observer
     )
