@@ -4,7 +4,8 @@
 
 Both models are opened whole by transformers and run in fp32, one window at a time, densely unless inputs are rounded.
 TEXT is tokenized whole with the original's tokenizer, no BOS, and cut without overlap. Perplexity is over the
-`seq-len - 1` predictions of each window; KL(original ‖ compressed) and top-1 agreement are means over the same positions.
+`seq-len - 1` predictions of each window; KL(original ‖ compressed) and top-1 agreement are means over the same
+positions.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python peer_llmcompressor.py MODEL OUTPUT TEXT [--samples 64 --seq-len 512 --method gptq --dtype float32]
 
-The setting is the protocol's: int4 symmetric weights in groups of 64 (or half of the weights pruned, or int8 weights and
-inputs behind SmoothQuant), every decoder linear, `lm_head` left alone, the first windows of TEXT (tokenized whole, no BOS, cut without overlap) in their order.
-Everything else is the peer's default, which for GPTQ means activation order "static" (the only kind it still has).
+The setting is the protocol's: int4 symmetric weights in groups of 64 (or half of the weights pruned, or weights and
+inputs of int8 behind SmoothQuant), every decoder linear, `lm_head` left alone, the first windows of TEXT (tokenized
+whole, no BOS, cut without overlap) in their order. Everything else is the peer's default, which for GPTQ means
+activation order "static" (the only kind it still has).
 Prints its phases as JSON.
 """
 

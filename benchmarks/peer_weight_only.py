@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--axis", type=int, default=1, help="of hqq: along which groups lie")
     parser.add_argument("--iters", type=int, default=200, help="of auto-round: steps a block")
+    parser.add_argument("--batch-size", type=int, default=8, help="of auto-round: windows a step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="to compute in")
     parser.add_argument("--dense", action="store_true")
     return parser.parse_args()
@@ -116,8 +117,9 @@ def auto_round(options: argparse.Namespace) -> Mapping[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = [torch.tensor([ids]) for ids in windows(options)]
     shape = {"nsamples": options.samples, "seqlen": options.seq_len}
-    how = {"bits": 4, "group_size": options.group_size, "sym": True, "iters": options.iters}
-    rounded = AutoRound(opened(options), tokenizer, dataset=data, device_map="cpu", **how, **shape)
+    steps = {"iters": options.iters, "batch_size": options.batch_size}
+    how = {"bits": 4, "group_size": options.group_size, "sym": True, **steps, **shape}
+    rounded = AutoRound(opened(options), tokenizer, dataset=data, device_map="cpu", **how)
     if not options.dense:
         rounded.quantize_and_save(str(options.output), format="auto_round")
         return {}
