@@ -119,12 +119,13 @@ def _eight_bits(request: Request, source: Source) -> Written:
     structure = find_structure(source.model, checkpoint, names=source.names)
     linears = [linear for block in structure.blocks for linear in block.linears]
     dtype = request.dtype or checkpoint.dtype
-    entries, claimed, rounded = [], set[str](), 0
+    entries, claimed, rounded, fixed = [], set[str](), 0, 0
     for linear in linears:
         replaces = tuple(source.parts(linear.name).values()) or (linear.tensor,)
         claimed.update(replaces)
         stored = source.stored(linear.name)
         rounded += stored is None or not _fits(stored, scheme)
+        fixed += getattr(getattr(stored, "inputs", None), "scale", None) is not None
 
         def make(linear: Linear = linear) -> dict[str, Tensor]:
             values, scale = _by_channel(source, linear.name, scheme=scheme, dtype=dtype)
@@ -135,6 +136,8 @@ def _eight_bits(request: Request, source: Source) -> Written:
     entries += cast_entries(checkpoint, request.dtype, claimed | _parts_of_all(source))
     config = {**plain_config(request), "quantization_config": _config(source, [one.name for one in linears], scheme)}
     notes = ["activations are rounded to 8 bits by token at run time"]
+    if fixed:
+        notes.append(f"fixed scales of the inputs of {fixed} matrices are left out, which --scheme {AUTO} keeps")
     if rounded:
         notes.append(f"{rounded} matrices were rounded anew to {scheme}, a scale to each row")
     return Written(

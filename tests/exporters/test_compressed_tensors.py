@@ -191,6 +191,18 @@ def test_the_config_is_one_that_vllm_takes(
     assert config["ignore"] == ["lm_head"]
 
 
+def test_fixed_scales_of_inputs_that_a_scheme_leaves_out_are_told(
+    compressed: Callable[..., Path], tmp_path: Path
+) -> None:
+    fixed = {"bits": 8, "group_size": "channel", "activations": "int8", "activation_scales": "static"}
+    source = compressed("llama", **fixed)
+    kept = exported(compressed("llama", **fixed, layout="modelzip"), tmp_path / "kept")
+    assert any(name.endswith("input_scale") for name in Checkpoint.open(str(kept.path)).tensors)
+    written = exported(source, tmp_path / "out", "W8A8")
+    assert "fixed scales of the inputs of 14 matrices are left out, which --scheme auto keeps" in written.rounded
+    assert not any(name.endswith("input_scale") for name in Checkpoint.open(str(written.path)).tensors)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
