@@ -267,6 +267,7 @@ OTHERS = {
     "peer-nf4": "bitsandbytes `NF4`",
     "peer-hqq": "HQQ, axis 1",
     "peer-hqq-axis-0": "HQQ, axis 0",
+    "auto-round": "AutoRound",
 }
 """Runs by name that the README calls otherwise."""
 
@@ -277,6 +278,7 @@ OTHERS = {
         ("gptq-vs-peer.json", "modelzip `gptq`", "llm-compressor `GPTQ`"),
         ("methods.json", "modelzip `gptq`", "llm-compressor `GPTQ`"),
         ("weight-only.json", "modelzip `gptq`", "llm-compressor `GPTQ`"),
+        ("learned-and-smoothed.json", "modelzip `smoothquant`", "llm-compressor `SmoothQuant`"),
         ("sparsegpt-vs-peer.json", "modelzip `sparsegpt`", "llm-compressor `SparseGPT`"),
         ("prune-2of4.json", "modelzip `sparsegpt`", ""),
         ("svd-80.json", "modelzip `svd-llm`", ""),
