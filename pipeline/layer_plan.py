@@ -98,8 +98,7 @@ def plan_layers(request: Request) -> LayerPlan:
 
     Raises CheckpointError if the model can't be compressed.
     """
-    stage, problems = request.stage, request.problems
-    before = request.checkpoint.nbytes
+    stage, before = request.stage, request.checkpoint.nbytes
     request = with_experts(request)
     apart = experts_note(request.checkpoint)
     folding, request = plan_rotation(request)
@@ -125,10 +124,7 @@ def plan_layers(request: Request) -> LayerPlan:
     needed += memory_held(folding, checkpoint, modules, structure)
     needed += tuning_bytes(request.recipe, checkpoint, structure, model.config, modules)
     if modules and after >= before:
-        problems.append(
-            f"{request.where}: the output ({after:,} bytes) would not be smaller than the input ({before:,} bytes); "
-            f"{MEND[stage.kind]}."
-        )
+        request.problems.append(_growth(request, before, after))
     return LayerPlan(
         kind=stage.kind,
         source=checkpoint.source,
@@ -230,6 +226,14 @@ def _layout(
         why = f" ({reason})" if reason else ""
         return layout, [f"the result is in modelzip's own layout{why}: opening it needs `import modelzip.weights`"]
     return layout, []
+
+
+def _growth(request: Request, before: int, after: int) -> str:
+    """What is said of an output that takes no fewer bytes than the input."""
+    return (
+        f"{request.where}: the output ({after:,} bytes) would not be smaller than the input ({before:,} bytes); "
+        f"{MEND[request.stage.kind]}."
+    )
 
 
 def _needs_data(

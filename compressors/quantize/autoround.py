@@ -13,6 +13,9 @@ Where this differs from the paper, and why:
 - The best iteration is the one with the least loss over the loss that rounding to nearest has on the same batch: losses
   of different batches can't be compared. At the end both are measured on all batches, and the better one is taken; the
   result is never worse than rounding to nearest on the calibration data.
+- The reference output is the original block's for the inputs that the compressed model gives it. The authors' library
+  takes its output for the original model's inputs, so that a block also makes up for errors before it. It loses less
+  (KL 0.096, ours 0.132, at 4 bits on SmolLM2 with 50 steps); whether for this reason hasn't been tried.
 - A batch is one that the model is calibrated with, in an order drawn anew each time all have been seen.
 - The learned weights are what the stored ones will be, bit for bit: scales and products are rounded to the stored type.
 """

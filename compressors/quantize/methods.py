@@ -215,6 +215,6 @@ FALLBACK: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] 
 """What is done instead of a method where it doesn't serve: settings -> plainer settings."""
 
 ON_TABLES: Final[Mapping[type[MethodSettings], Callable[[Any], MethodSettings]]] = MappingProxyType(
-    {**FALLBACK, Hqq: _along_columns}
+    {Hqq: _along_columns}
 )
-"""What is done with a table of embeddings, which no inputs reach: settings -> settings that suit it."""
+"""What a method that serves everywhere does otherwise with a table of embeddings: settings -> settings that suit it."""
